@@ -1,0 +1,148 @@
+"""Checks the arguments of ``lora_linear`` and ``lora_add`` once and brings them into the raw op's form."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernelab._core.errors import bad_type, bad_value
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Which rows use which adapter, as plain numbers. Adapters are numbered among those that some row uses."""
+
+    counts: tuple[int, ...]
+    adapters: tuple[int, ...]  # -1: off
+    scaling: tuple[float, ...]  # one an adapter in use
+    keep: tuple[bool, ...]  # adapter trains: its rows are kept for backward
+    dropout_p: float
+    seed: int
+
+    @property
+    def arguments(self) -> tuple:
+        """In the order of the raw op's schema."""
+        return list(self.counts), list(self.adapters), list(self.scaling), list(self.keep), self.dropout_p, self.seed
+
+
+def check_matrix(where: str, name: str, tensor: object, shape: tuple[int | None, ...], like: Tensor | None) -> None:
+    """A floating tensor of ``shape`` (None: any size), on the device and of the dtype of ``like``."""
+    if not isinstance(tensor, Tensor):
+        raise bad_type(where, name, "a tensor", tensor)
+    if tensor.dtype not in FLOATS:
+        raise bad_type(where, name, "float32, bfloat16, float16 or float64", tensor)
+    fits = tensor.dim() == len(shape) and all(want in (None, got) for want, got in zip(shape, tensor.shape, strict=True))
+    if not fits:
+        wanted = ", ".join("*" if size is None else str(size) for size in shape)
+        raise bad_value(where, name, f"shape [{wanted}]", tensor)
+    if like is not None and tensor.device != like.device:
+        raise bad_value(where, name, f"a tensor on {like.device}, as the input", tensor, "Move it with .to(device).")
+
+
+def check_input(where: str, name: str, x: object) -> None:
+    """A floating tensor with at least one dimension."""
+    if not isinstance(x, Tensor):
+        raise bad_type(where, name, "a tensor", x)
+    if x.dtype not in FLOATS:
+        raise bad_type(where, name, "float32, bfloat16, float16 or float64", x, "Convert it with .to(weight.dtype).")
+    if x.dim() == 0:
+        raise bad_value(where, name, "at least one dimension", x)
+
+
+def adapter_pairs(where: str, lora_a, lora_b, x: Tensor, out_features: int) -> tuple[list[Tensor], list[Tensor]]:
+    """The adapters as two lists, from stacked tensors or sequences."""
+    for name, value, shape in (("lora_a", lora_a, "[n, r, in]"), ("lora_b", lora_b, "[n, out, r]")):
+        if isinstance(value, Tensor) and value.dim() != 3:
+            raise bad_value(where, name, f"a stacked tensor {shape} or a sequence of matrices", value)
+        if not isinstance(value, (Tensor, Sequence)):
+            raise bad_type(where, name, f"a stacked tensor {shape} or a sequence of matrices", value)
+    a_list, b_list = list(lora_a), list(lora_b)
+    if len(a_list) != len(b_list):
+        raise bad_value(where, "lora_b", f"{len(a_list)} adapters, as in lora_a", f"{len(b_list)}")
+    for index, (a, b) in enumerate(zip(a_list, b_list, strict=True)):
+        check_matrix(where, f"lora_a[{index}]", a, (None, x.shape[-1]), x)
+        if a.shape[0] == 0:
+            raise bad_value(where, f"lora_a[{index}]", "a rank of at least 1", a, "Use adapter None for off.")
+        check_matrix(where, f"lora_b[{index}]", b, (out_features, a.shape[0]), x)
+    return a_list, b_list
+
+
+def scaling_list(where: str, scaling: object, adapters: int) -> list[float]:
+    """One finite factor an adapter."""
+    if isinstance(scaling, Tensor):
+        scaling = scaling.tolist()
+    factors = [scaling] * adapters if isinstance(scaling, numbers.Real) else scaling
+    if not isinstance(factors, Sequence) or not all(isinstance(factor, numbers.Real) for factor in factors):
+        raise bad_type(where, "scaling", "a number, or one number an adapter", scaling)
+    if len(factors) != adapters:
+        raise bad_value(where, "scaling", f"{adapters} numbers, one an adapter", f"{len(factors)}")
+    if not all(math.isfinite(factor) for factor in factors):
+        raise bad_value(where, "scaling", "finite numbers", scaling)
+    return [float(factor) for factor in factors]
+
+
+def segment_lists(where: str, segments: object, rows: int, adapters: int) -> tuple[list[int], list[int]]:
+    """Counts and adapter numbers (-1: off) of consecutive segments that cover the rows."""
+    if segments is None:
+        if adapters == 0:
+            raise bad_value(where, "segments", "segments, since there is no adapter 0 to use on every row", "None")
+        return [rows], [0]
+    counts, indices = [], []
+    try:
+        pairs = [(count, adapter) for count, adapter in segments]
+    except (TypeError, ValueError):
+        raise bad_type(where, "segments", "None or (count, adapter) pairs", segments) from None
+    for position, (count, adapter) in enumerate(pairs):
+        name = f"segments[{position}]"
+        if isinstance(count, bool) or not isinstance(count, (numbers.Integral, torch.SymInt)):
+            raise bad_type(where, name, "an integer count", count)
+        if count < 0:
+            raise bad_value(where, name, "a count of at least 0", count)
+        if adapter is not None and (isinstance(adapter, bool) or not isinstance(adapter, numbers.Integral)):
+            raise bad_type(where, name, "an adapter number or None", adapter)
+        if adapter is not None and not 0 <= adapter < adapters:
+            raise bad_value(where, name, f"an adapter in 0..{adapters - 1} or None (off)", adapter)
+        counts.append(count)
+        indices.append(-1 if adapter is None else int(adapter))
+    if sum(counts) != rows:
+        raise bad_value(where, "segments", f"counts that sum to the {rows} rows", f"a sum of {sum(counts)}")
+    return counts, indices
+
+
+def check_dropout(where: str, dropout_p: object, seed: object) -> None:
+    """A probability below 1 and a seed of 64 bits."""
+    if not isinstance(dropout_p, numbers.Real) or not 0 <= dropout_p < 1:
+        raise bad_value(where, "dropout_p", "a probability 0 <= p < 1", dropout_p)
+    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
+        raise bad_type(where, "seed", "an integer", seed)
+    if not -(2**63) <= seed < 2**63:
+        raise bad_value(where, "seed", "an integer of 64 bits", seed)
+
+
+def route(where: str, x: Tensor, lora_a, lora_b, scaling, segments, dropout_p, seed, out_features: int):
+    """``(Routing, [A in use], [B in use])`` for flattened rows ``x`` [M, K]; adapters that no row uses are left out."""
+    check_dropout(where, dropout_p, seed)
+    a_list, b_list = adapter_pairs(where, lora_a, lora_b, x, out_features)
+    factors = scaling_list(where, scaling, len(a_list))
+    counts, indices = segment_lists(where, segments, x.shape[0], len(a_list))
+    used = sorted({index for index in indices if index >= 0})
+    number = {index: position for position, index in enumerate(used)} | {-1: -1}
+    a_used, b_used = [a_list[index] for index in used], [b_list[index] for index in used]
+    grad = torch.is_grad_enabled()
+    keep = tuple(grad and (a.requires_grad or b.requires_grad) for a, b in zip(a_used, b_used, strict=True))
+    routing = Routing(
+        tuple(counts),
+        tuple(number[index] for index in indices),
+        tuple(factors[index] for index in used),
+        keep,
+        float(dropout_p),
+        int(seed),
+    )
+    return routing, a_used, b_used
