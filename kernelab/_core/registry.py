@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import importlib.util
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -35,8 +36,11 @@ class Backend:
     name: str
     module: str
     priority: int
-    devices: tuple[str, ...]  # device types it is made for; the automatic choice considers no other
+    devices: tuple[str, ...]  # device types it is made for (empty: all); the automatic choice considers no other
     supports: Supports  # None, or the reason why it cannot run
+
+    def made_for(self, device: torch.device) -> bool:
+        return not self.devices or device.type in self.devices
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,15 @@ _CHOICE: ContextVar[str | None] = ContextVar("kernelab_backend", default=None)
 def register(op: str, backend: str, *, module: str, priority: int, devices: tuple[str, ...], supports: Supports):
     """Adds a backend to an op. Called once a backend, in the op's ``__init__``."""
     _OPS.setdefault(op, {})[backend] = Backend(backend, module, priority, devices, supports)
+
+
+def triton_support(device: torch.device) -> str | None:
+    """Why Triton cannot run on a device (None: it can). On a CPU it runs under its interpreter, in tests."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install 'kernelab[cuda]'"
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "needs a GPU (on a CPU: TRITON_INTERPRET=1, for tests)"
+    return None if device.type in ("cpu", "cuda") else f"no Triton driver for {device.type}"
 
 
 def ops() -> tuple[str, ...]:
@@ -114,7 +127,7 @@ def _select(op: str, wish: str, asked_by: str, strict: bool, device: torch.devic
     found = _explain(op, wish, asked_by, device, dtype)
     if found.chosen is None:
         raise BackendUnavailable(f"{op} on {device} in {dtype}: {asked_by} asks for {wish or 'any'!r}.\n{found}")
-    best = next((b for b in backends(op) if device.type in _OPS[op][b].devices), found.chosen)
+    best = next((b for b in backends(op) if _OPS[op][b].made_for(device)), found.chosen)
     if not wish and best != found.chosen:
         text = f"{op} on {device} in {dtype} falls back from {best} to {found.chosen}: {found.reasons[best]}"
         if strict:
@@ -130,7 +143,7 @@ def _explain(op: str, wish: str, asked_by: str, device: torch.device, dtype: tor
         if wish not in reasons:
             reasons[wish] = f"not a backend of {op}"
     else:
-        able = (n for n in backends(op) if reasons[n] is None and device.type in _OPS[op][n].devices)
+        able = (n for n in backends(op) if reasons[n] is None and _OPS[op][n].made_for(device))
         chosen = next(able, None)
     return Explanation(op, chosen, asked_by, {name: reason or "can run" for name, reason in reasons.items()})
 

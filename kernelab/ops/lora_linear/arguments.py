@@ -12,6 +12,8 @@ from torch import Tensor
 
 from kernelab._core.errors import bad_type, bad_value
 
+from .reference import Segment, segments
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -30,6 +32,15 @@ class Routing:
     def arguments(self) -> tuple:
         """In the order of the raw op's schema."""
         return list(self.counts), list(self.adapters), list(self.scaling), list(self.keep), self.dropout_p, self.seed
+
+    @property
+    def kept_segments(self) -> list[Segment]:
+        return [segment for segment in segments(self.counts, self.adapters, self.keep) if segment.kept >= 0]
+
+    @property
+    def keeps_some_rows(self) -> bool:
+        """Some rows are kept for backward, but not all: those are copied, since a slice holds its whole storage."""
+        return 0 < sum(segment.count for segment in self.kept_segments) < sum(self.counts)
 
 
 def check_matrix(where: str, name: str, tensor: object, shape: tuple[int | None, ...], like: Tensor | None) -> None:
@@ -54,6 +65,22 @@ def check_input(where: str, name: str, x: object) -> None:
         raise bad_type(where, name, "float32, bfloat16, float16 or float64", x, "Convert it with .to(weight.dtype).")
     if x.dim() == 0:
         raise bad_value(where, name, "at least one dimension", x)
+
+
+def check_dtype(where: str, x: Tensor, **others: Tensor | None) -> None:
+    """The others have the dtype of ``x``."""
+    for name, tensor in others.items():
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise bad_value(where, name, f"dtype {x.dtype}, as x", tensor, "Convert one of them with .to(dtype).")
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors in autocast's dtype where it is on, as ``F.linear`` would cast them; float64 is left alone."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
 def adapter_pairs(where: str, lora_a, lora_b, x: Tensor, out_features: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -127,14 +154,14 @@ def check_dropout(where: str, dropout_p: object, seed: object) -> None:
 
 
 def route(where: str, x: Tensor, lora_a, lora_b, scaling, segments, dropout_p, seed, out_features: int):
-    """``(Routing, [A in use], [B in use])`` for flattened rows ``x`` [M, K]; adapters that no row uses are left out."""
+    """``(Routing, [*A in use, *B in use])`` for flattened rows ``x`` [M, K]; adapters that no row uses are left out."""
     check_dropout(where, dropout_p, seed)
     a_list, b_list = adapter_pairs(where, lora_a, lora_b, x, out_features)
     factors = scaling_list(where, scaling, len(a_list))
     counts, indices = segment_lists(where, segments, x.shape[0], len(a_list))
     used = sorted({index for index in indices if index >= 0})
     number = {index: position for position, index in enumerate(used)} | {-1: -1}
-    a_used, b_used = [a_list[index] for index in used], [b_list[index] for index in used]
+    a_used, b_used = ([pair[index].to(x.dtype) for index in used] for pair in (a_list, b_list))
     grad = torch.is_grad_enabled()
     keep = tuple(grad and (a.requires_grad or b.requires_grad) for a, b in zip(a_used, b_used, strict=True))
     routing = Routing(
@@ -145,4 +172,4 @@ def route(where: str, x: Tensor, lora_a, lora_b, scaling, segments, dropout_p, s
         float(dropout_p),
         int(seed),
     )
-    return routing, a_used, b_used
+    return routing, [*a_used, *b_used]

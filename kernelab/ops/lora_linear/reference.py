@@ -78,14 +78,14 @@ def backward(dy, x, s, weight, lora_a, lora_b, counts, adapters, scaling, keep, 
     """
     whole = x.shape[0] == dy.shape[0]
     need_x, need_a, need_b = need[0], need[1 : 1 + len(lora_a)], need[1 + len(lora_a) :]
-    dx = [dy.new_empty(0, lora_a[0].shape[1] if weight is None else weight.shape[1])]
+    dx = [dy.new_empty(0, x.shape[1])]
     da = [torch.zeros_like(a) if needed else a.new_empty(0) for a, needed in zip(lora_a, need_a, strict=True)]
     db = [torch.zeros_like(b) if needed else b.new_empty(0) for b, needed in zip(lora_b, need_b, strict=True)]
     for segment in segments(counts, adapters, keep):
         dy_g, a = dy[segment.rows], segment.adapter
         ds_g = scaling[a] * dy_g @ lora_b[a] if a >= 0 else None
         if need_x:
-            dx_g = dy_g @ weight if weight is not None else dy.new_zeros(segment.count, dx[0].shape[1])
+            dx_g = dy_g @ weight if weight is not None else dy.new_zeros(segment.count, x.shape[1])
             dx.append(dx_g + dropped(ds_g @ lora_a[a], segment.row, dropout_p, seed) if a >= 0 else dx_g)
         if a >= 0 and need_a[a]:
             x_g = x[segment.rows if whole else segment.kept_rows]
@@ -93,3 +93,24 @@ def backward(dy, x, s, weight, lora_a, lora_b, counts, adapters, scaling, keep, 
         if a >= 0 and need_b[a]:
             db[a] = db[a] + scaling[a] * dy_g.mT @ s[segment.kept_rows, : lora_a[a].shape[0]]
     return torch.cat(dx), da, db
+
+
+def backward_of_kept(ds, dx_kept, x, lora_a, routing, rows, need_x):
+    """``(dx, [dA], [dB])`` of cotangents of the kept ``S`` and ``x``, which exist in second derivatives only."""
+    whole = x is not None and x.shape[0] == rows
+    dx, da = [], [None] * len(lora_a)
+    for segment in segments(routing.counts, routing.adapters, routing.keep):
+        dx_g = lora_a[0].new_zeros(segment.count, lora_a[0].shape[1])
+        if segment.kept >= 0:
+            a = lora_a[segment.adapter]
+            if dx_kept is not None:
+                dx_g = dx_g + dx_kept[segment.kept_rows]
+            if ds is not None:
+                ds_g = ds[segment.kept_rows, : a.shape[0]]
+                dx_g = dx_g + dropped(ds_g @ a, segment.row, routing.dropout_p, routing.seed)
+                if x is not None:
+                    x_g = dropped(x[segment.rows if whole else segment.kept_rows], segment.row, routing.dropout_p, routing.seed)
+                    previous = da[segment.adapter]
+                    da[segment.adapter] = ds_g.mT @ x_g if previous is None else previous + ds_g.mT @ x_g
+        dx.append(dx_g)
+    return torch.cat(dx) if need_x else None, da, [None] * len(lora_a)
