@@ -22,9 +22,9 @@ from triton.runtime.interpreter import TensorHandle
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tests.bench import numerics
-from tests.bench.sanitizer import SanitizerError, Launch, LaunchReport, Report
+from tests.bench.sanitizer import Launch, LaunchReport, Report, SanitizerError
 
-__all__ = ["SanitizerError", "LaunchReport", "Report", "install", "sanitizer"]
+__all__ = ["LaunchReport", "Report", "SanitizerError", "install", "sanitizer"]
 
 
 class CheckedBuilder(numerics.ArithmeticBuilder):
