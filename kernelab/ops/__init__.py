@@ -1,5 +1,14 @@
 """The kernels as functions. Each op's folder has its definition, its backends and its mathematics."""
 
+from importlib import import_module
+
 from .lora_linear import lora_add, lora_linear
 
 __all__ = ["lora_add", "lora_linear"]
+
+_FOLDERS = ("lora_linear",)
+
+
+def specs():
+    """The specifications of all ops, which feed the tests, the AOT checks, the benchmarks and ``kernelab.env``."""
+    return [spec for folder in _FOLDERS for spec in import_module(f"{__name__}.{folder}.spec").SPECS]
