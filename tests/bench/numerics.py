@@ -2,7 +2,7 @@
 
 The stock interpreter keeps bfloat16 and float8 as raw integers and computes with the integers. Here numpy holds them as
 the dtypes of ``ml_dtypes``, so every operator rounds to nearest even as torch does. ``tl.dot`` accumulates in float32,
-and rounds float32 operands to tf32 unless the kernel asks for ``input_precision="ieee"`` (or ``"tf32x3"``).
+and cuts float32 operands to tf32 unless the kernel asks for ``input_precision="ieee"`` (or ``"tf32x3"``).
 """
 
 from __future__ import annotations
@@ -41,24 +41,24 @@ def poison(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def is_poison(data: np.ndarray) -> np.ndarray:
-    """The lanes of floats that come from ``poison`` and not from arithmetic."""
-    bits = data.view(f"u{data.itemsize}")
-    return bits == np.iinfo(bits.dtype).max
+    """The lanes of floats that come from ``poison``, also after a cast to a wider float; arithmetic's own NaN differ."""
+    bits = np.ascontiguousarray(data).view(f"u{data.itemsize}")
+    shift = max(0, 8 * data.itemsize - 16)
+    return bits >> shift == np.iinfo(bits.dtype).max >> shift
 
 
 def is_float(data: np.ndarray) -> bool:
     return data.dtype.kind not in "biu"
 
 
-def round_tf32(data: np.ndarray) -> np.ndarray:
-    bits = np.ascontiguousarray(data).view(np.uint32)
-    rounded = ((bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
-    return np.where(np.isfinite(data), rounded, data)
+def truncate_tf32(data: np.ndarray) -> np.ndarray:
+    """Tensor cores read the upper 19 bits of a float32; Triton emits no rounding before them."""
+    return (np.ascontiguousarray(data).view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
 
 
 def convert(data: np.ndarray, dtype: np.dtype, toward_zero: bool = False) -> np.ndarray:
     """Cast with round to nearest even, or toward zero; float8 e4m3 saturates, as on the GPU and in torch."""
-    if dtype == ml_dtypes.float8_e4m3fn and is_float(data):
+    if dtype == ml_dtypes.float8_e4m3fn:
         data = np.clip(data.astype(np.float32), -448, 448)
     result = data.astype(dtype)
     if toward_zero:
@@ -103,7 +103,7 @@ class ArithmeticBuilder(stock.InterpreterBuilder):
         if is_float(lhs) and lhs.itemsize < 4:
             lhs, rhs = lhs.astype(np.float32), rhs.astype(np.float32)
         elif lhs.dtype == np.float32 and input_precision == ir.INPUT_PRECISION.TF32:
-            lhs, rhs = round_tf32(lhs), round_tf32(rhs)
+            lhs, rhs = truncate_tf32(lhs), truncate_tf32(rhs)
         product = np.matmul(lhs, rhs, dtype=np.promote_types(lhs.dtype, d.data.dtype))
         return TensorHandle((product + d.data).astype(d.data.dtype), d.dtype.scalar)
 

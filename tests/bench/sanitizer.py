@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
@@ -11,8 +12,9 @@ import numpy as np
 import torch
 import triton
 
-HIDDEN = (str(Path(triton.__file__).parent), str(Path(np.__file__).parent), str(Path(__file__).parent))
-MANY = -1
+BYTES = {"load": "bytes_loaded", "store": "bytes_stored", "atomic": "bytes_atomic"}
+NOT_KERNEL = tuple(str(Path(file).parent) + os.sep for file in (triton.__file__, np.__file__, __file__))
+NOBODY, SEVERAL = 0, -1  # beside program numbers, which count from 1
 
 
 class SanitizerError(AssertionError):
@@ -31,17 +33,17 @@ class LaunchReport:
     dot_flops: int = 0
     out_of_bounds: int = 0
     races: int = 0
-    faults: Counter[str] = field(default_factory=Counter)
+    faults: Counter[str] = field(default_factory=Counter)  # what and at which line: lanes
 
     def assert_clean(self) -> None:
         if self.faults:
-            lines = "".join(f"\n  {text}: {lanes} lanes" for text, lanes in self.faults.most_common(20))
-            raise SanitizerError(f"{self.kernel}{list(self.grid)}:{lines}")
+            lines = [f"  {text}: {lanes} lanes" for text, lanes in self.faults.most_common(20)]
+            raise SanitizerError("\n".join([f"kernel {self.kernel} on grid {self.grid}:", *lines]))
 
 
 @dataclass
 class Report:
-    """Every launch inside one ``with sanitizer()``, in order."""
+    """The launches inside one ``with sanitizer()``, in order."""
 
     launches: list[LaunchReport] = field(default_factory=list)
 
@@ -53,131 +55,118 @@ class Report:
             launch.assert_clean()
 
 
-class Region:
-    """A stretch of memory that the launch may touch, and which program touched each cell of it."""
-
-    def __init__(self, start: int, end: int, names: list[str], cell: int) -> None:
-        self.start, self.end, self.names, self.cell = start, end, names, cell
-        cells = -(-(end - start) // cell)
-        self.written, self.read, self.updated = (np.zeros(cells, np.int32) for _ in range(3))
-
-    def record(self, kind: str, addresses: np.ndarray, itemsize: int, program: int, bits: np.ndarray | None):
-        """Lanes that race. ``program`` counts from 1; 0 is nobody and ``MANY`` more than one."""
-        width = max(1, itemsize // self.cell)
-        cells = ((addresses - self.start) // self.cell)[:, None] + np.arange(width)  # [lanes, width]
-        race = self._foreign(self.written, cells, program)
-        if kind != "atomic":
-            race |= self._foreign(self.updated, cells, program)
-        if kind != "load":
-            race |= self._foreign(self.read, cells, program)
-        if kind == "store":
-            lanes = np.arange(len(cells), dtype=np.int32)
-            self.written[cells] = lanes[:, None]
-            winner = self.written[cells]
-            if (winner != lanes[:, None]).any():
-                race |= bits[winner] != bits[:, None]
-            self.written[cells] = program
-        else:
-            owner = self.read if kind == "load" else self.updated
-            owner[cells] = np.where(np.isin(owner[cells], (0, program)), program, MANY)
-        return race.any(axis=1)
-
-    @staticmethod
-    def _foreign(owner: np.ndarray, cells: np.ndarray, program: int) -> np.ndarray:
-        seen = owner[cells]
-        return (seen != 0) & (seen != program)
-
-
-class Memory:
-    """The memory of one launch: the spans of its tensor arguments, merged where they overlap."""
-
-    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
-        spans = sorted(
-            (*_span(tensor), name, tensor.element_size()) for name, tensor in tensors.items() if tensor.numel()
-        )
-        merged: list[list] = []
-        for start, end, name, itemsize in spans:
-            if merged and start < merged[-1][1]:
-                last = merged[-1]
-                last[1], last[3] = max(last[1], end), min(last[3], itemsize)
-                last[2].append(name)
-            else:
-                merged.append([start, end, [name], itemsize])
-        self.regions = [Region(*span) for span in merged]
-        self.starts = np.array([region.start for region in self.regions], np.int64)
-        self.ends = np.array([region.end for region in self.regions], np.int64)
-
-    def locate(self, addresses: np.ndarray, itemsize: int) -> np.ndarray:
-        """Region of each address, -1 where there is none."""
-        if not self.regions:
-            return np.full(addresses.shape, -1)
-        index = np.searchsorted(self.starts, addresses, "right") - 1
-        inside = (index >= 0) & (addresses + itemsize <= self.ends[index])
-        return np.where(inside, index, -1)
-
-    def nearest(self, address: int) -> str:
-        """The argument that an address out of bounds probably means."""
-        if not self.regions:
-            return "the launch has no tensor"
-        gaps = np.maximum(self.starts - address, address - self.ends + 1)
-        region = self.regions[int(gaps.argmin())]
-        where = (
-            f"{region.start - address} bytes before"
-            if address < region.start
-            else (f"{address - region.end} bytes past")
-        )
-        return f"{where} {' | '.join(region.names)}"
-
-
-def _span(tensor: torch.Tensor) -> tuple[int, int]:
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
-
-
 class Launch:
-    """One launch while it runs."""
+    """One launch while its programs run."""
 
     def __init__(self, kernel: str, tensors: dict[str, torch.Tensor]) -> None:
         self.report = LaunchReport(kernel)
-        self.memory = Memory(tensors)
-        self.program = 0
+        self.regions = _regions(tensors)
+        self.starts = np.array([region.start for region in self.regions], np.int64)
+        self.ends = np.array([region.end for region in self.regions], np.int64)
+        self.program = NOBODY
 
-    def touch(self, kind: str, pointers: np.ndarray, mask: np.ndarray, itemsize: int, value: np.ndarray | None = None):
-        """Counts one access and returns the mask of its active lanes that lie in bounds."""
-        active = np.broadcast_to(mask, pointers.shape).copy()
-        addresses = pointers[active].astype(np.int64)
-        if not addresses.size:
-            return active
-        bits = None
-        if kind == "store":
-            bits = np.ascontiguousarray(np.broadcast_to(value, pointers.shape)[active]).view(f"u{itemsize}")
-        place = self.memory.locate(addresses, itemsize)
-        outside = place < 0
-        if outside.any():
-            self.report.out_of_bounds += int(outside.sum())
-            nearest = self.memory.nearest(int(addresses[outside][0]))
-            self._fault(f"{kind} out of bounds (first: {nearest})", int(outside.sum()))
-            active[active] = ~outside
-            addresses, place = addresses[~outside], place[~outside]
-            bits = bits[~outside] if bits is not None else None
-        count = f"bytes_{ {'load': 'loaded', 'store': 'stored', 'atomic': 'atomic'}[kind] }"
-        setattr(self.report, count, getattr(self.report, count) + addresses.size * itemsize)
+    def touch(
+        self, kind: str, pointers: np.ndarray, mask: np.ndarray, itemsize: int, bits: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Counts one access; the result is the mask of its active lanes in bounds. ``bits`` are the values stored."""
+        active = np.array(np.broadcast_to(mask, pointers.shape))
+        lanes = np.flatnonzero(active)
+        addresses = pointers.reshape(-1)[lanes].astype(np.int64)
+        place = self._locate(addresses, itemsize)
+        if (outside := place < 0).any():
+            self._out_of_bounds(kind, addresses[outside])
+            active.reshape(-1)[lanes[outside]] = False
+            lanes, addresses, place = (each[~outside] for each in (lanes, addresses, place))
+        setattr(self.report, BYTES[kind], getattr(self.report, BYTES[kind]) + lanes.size * itemsize)
         for index in np.unique(place):
-            region, here = self.memory.regions[index], place == index
-            race = region.record(
-                kind, addresses[here], itemsize, self.program, bits[here] if bits is not None else None
-            )
+            here, region = place == index, self.regions[index]
+            race = region.touch(kind, addresses[here], itemsize, self.program)
+            if kind == "store":
+                values = np.broadcast_to(bits, pointers.shape).reshape(-1)[lanes[here]]
+                race |= region.disagree(addresses[here], values)
             if race.any():
                 self.report.races += int(race.sum())
-                self._fault(f"{kind} races in {' | '.join(region.names)}", int(race.sum()))
+                self._fault(f"{kind} races with another program or lane in {region.names}", int(race.sum()))
         return active
+
+    def _locate(self, addresses: np.ndarray, itemsize: int) -> np.ndarray:
+        """Index of the region of each address, -1 where there is none."""
+        if not self.regions:
+            return np.full(addresses.shape, -1)
+        index = np.searchsorted(self.starts, addresses, "right") - 1
+        return np.where(addresses + itemsize <= self.ends[index], index, -1)  # below the first start: index -1 already
+
+    def _out_of_bounds(self, kind: str, addresses: np.ndarray) -> None:
+        text = "no argument is a tensor"
+        if self.regions:
+            first = int(addresses[0])
+            before, past = self.starts - first, first - self.ends
+            nearest = int(np.maximum(before, past).argmin())
+            gap = f"{before[nearest]} bytes before" if before[nearest] > 0 else f"{past[nearest]} bytes past"
+            text = f"first lane {gap} {self.regions[nearest].names}"
+        self.report.out_of_bounds += addresses.size
+        self._fault(f"{kind} out of bounds, {text}", addresses.size)
 
     def _fault(self, text: str, lanes: int) -> None:
         self.report.faults[f"{_kernel_line()}: {text}"] += lanes
 
 
+class Region:
+    """A stretch of memory that a launch may touch, in cells of its smallest element, and who touched each cell."""
+
+    def __init__(self, start: int, end: int, cell: int, names: str) -> None:
+        self.start, self.end, self.cell, self.names = start, end, cell, names
+        shape = -(-(end - start) // cell)
+        self.owners = {kind: np.full(shape, NOBODY, np.int32) for kind in ("load", "store", "atomic")}
+
+    def touch(self, kind: str, addresses: np.ndarray, itemsize: int, program: int) -> np.ndarray:
+        """Lanes that conflict with an earlier access of another program. Loads agree, and so do atomics."""
+        cells = self._cells(addresses, itemsize)
+        race = np.zeros(cells.shape, bool)
+        for earlier, owner in self.owners.items():
+            if earlier == kind != "store":
+                continue
+            seen = owner[cells]
+            race |= (seen != NOBODY) & (seen != program)
+        owner = self.owners[kind]
+        seen = owner[cells]
+        owner[cells] = np.where((seen == NOBODY) | (seen == program), program, SEVERAL)
+        return race.any(axis=1)
+
+    def disagree(self, addresses: np.ndarray, values: np.ndarray) -> np.ndarray:
+        """Lanes of one store that write something else than another lane at the same address."""
+        order = np.argsort(addresses, kind="stable")
+        same = np.diff(addresses[order]) == 0
+        differ = np.diff(values[order]) != 0
+        result = np.zeros(len(addresses), bool)
+        result[order[1:]] = same & differ
+        return result
+
+    def _cells(self, addresses: np.ndarray, itemsize: int) -> np.ndarray:
+        width = max(1, itemsize // self.cell)
+        return ((addresses - self.start) // self.cell)[:, None] + np.arange(width)  # [lanes, width]
+
+
+def _regions(tensors: dict[str, torch.Tensor]) -> list[Region]:
+    """The spans of the tensors from first to last element, joined where they overlap."""
+    joined: list[list] = []
+    spans = []
+    for name, tensor in tensors.items():
+        if tensor.numel():
+            last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            itemsize = tensor.element_size()
+            spans.append((tensor.data_ptr(), tensor.data_ptr() + (last + 1) * itemsize, itemsize, name))
+    for start, end, itemsize, name in sorted(spans):
+        if joined and start < joined[-1][1]:
+            _, last_end, last_itemsize, names = joined[-1]
+            joined[-1][1:] = [max(end, last_end), min(itemsize, last_itemsize), f"{names}, {name}"]
+        else:
+            joined.append([start, end, itemsize, name])
+    return [Region(*span) for span in joined]
+
+
 def _kernel_line() -> str:
     frame = sys._getframe(1)
-    while frame is not None and frame.f_code.co_filename.startswith(HIDDEN):
+    while frame is not None and frame.f_code.co_filename.startswith(NOT_KERNEL):
         frame = frame.f_back
     return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}" if frame else "?"
