@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import torch
+import sys
 
 
 class KernelabError(Exception):
@@ -31,9 +31,10 @@ class DoubleBackwardUnsupported(KernelabError, RuntimeError):
 
 def describe(value: object) -> str:
     """A short description of any value, for the "got" part of a message."""
-    if isinstance(value, torch.Tensor):
+    torch = sys.modules.get("torch")  # not imported here: `kernelab list` and `--help` start without it
+    if torch and isinstance(value, torch.Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"
-    if isinstance(value, (list, tuple)) and any(isinstance(item, torch.Tensor) for item in value):
+    if torch and isinstance(value, (list, tuple)) and any(isinstance(item, torch.Tensor) for item in value):
         return f"{type(value).__name__} of {len(value)}: " + "; ".join(describe(item) for item in value[:4])
     text = repr(value)
     return text if len(text) <= 120 else text[:117] + "..."

@@ -17,7 +17,7 @@ class Case:
         build: ``(device, dtype, generator) -> keyword arguments`` of the public function. Tensors that get gradients
             have ``requires_grad`` set.
         tags: "smallest" (one case: gradcheck), "interp" (run under Triton's interpreter too), "bench" (measured),
-            "gpu" (too large for a CPU test).
+            "gpu" (too large for a CPU test), "dynamic" (exported with the specification's open dimensions).
     """
 
     name: str
@@ -57,6 +57,7 @@ class OpSpec:
         dtypes: a backend's dtypes, by its name.
         bytes_moved: ``arguments -> (forward, backward)`` bytes that a kernel must at least read and write.
         flops: ``arguments -> (forward, backward)``.
+        dynamic: dimensions that a compiled or exported graph leaves open, by argument, for the case tagged "dynamic".
         launches: the Triton launches of the tuned configurations, for AOT.
         misuses: calls that must be refused.
         second_order: False where a second derivative raises ``DoubleBackwardUnsupported``.
@@ -69,6 +70,7 @@ class OpSpec:
     dtypes: dict[str, tuple[torch.dtype, ...]]
     bytes_moved: Callable[[dict], tuple[int, int]]
     flops: Callable[[dict], tuple[int, int]]
+    dynamic: dict[str, dict[int, str]] = field(default_factory=dict)
     launches: Callable[[], Iterable[Launch]] | None = None
     misuses: tuple[Misuse, ...] = field(default=())
     second_order: bool = True

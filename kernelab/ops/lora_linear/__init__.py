@@ -55,7 +55,12 @@ def _register(backend: str, module: str, priority: int, devices: tuple[str, ...]
 
 
 _register("reference", "reference", 0, (), lambda device, dtype: None)
-_register("cpu", "cpu_kernels", 10, ("cpu",), lambda device, dtype: None if device.type == "cpu" else "needs a CPU tensor")
+_register(
+    "cpu", "cpu_kernels", 10, ("cpu",), lambda device, dtype: None if device.type == "cpu" else "needs a CPU tensor"
+)
+
+
+_FIELDS = len(Routing._fields)
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -63,18 +68,21 @@ class _LoRALinear(torch.autograd.Function):
     in a first-order backward their cotangents are None."""
 
     @staticmethod
-    def forward(x, weight, bias, base, routing: Routing, pack_x: bool, backend: str, *adapters: Tensor):
+    def forward(x, weight, bias, base, pack_x: bool, backend: str, *rest):
+        # Loose arguments, not a Routing: Dynamo does not trace an open row count through an object.
+        routing, adapters = Routing(*rest[:_FIELDS]), rest[_FIELDS:]
         count = len(adapters) // 2
-        y, s = _forward(x, weight, bias, base, adapters[:count], adapters[count:], *routing.arguments, backend)
-        return y, s, torch.cat([x[segment.rows] for segment in routing.kept_segments]) if pack_x else None
+        y, s = _forward(x, weight, bias, base, adapters[:count], adapters[count:], *routing, backend)
+        return y, s, torch.cat([x[segment.rows] for segment in routing.kept_segments()]) if pack_x else None
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, weight, _, _, ctx.routing, pack_x, ctx.backend, *adapters = inputs
+        x, weight, _, _, pack_x, ctx.backend, *rest = inputs
+        ctx.routing, adapters = Routing(*rest[:_FIELDS]), rest[_FIELDS:]
         _, s, packed_x = output
         ctx.set_materialize_grads(False)
         ctx.rows, ctx.in_features = x.shape
-        need_weight, need_adapters = ctx.needs_input_grad[1], ctx.needs_input_grad[7:]
+        need_weight, need_adapters = ctx.needs_input_grad[1], ctx.needs_input_grad[6 + _FIELDS :]
         need_a, need_b = need_adapters[: len(adapters) // 2], need_adapters[len(adapters) // 2 :]
         x = packed_x if pack_x else x if need_weight or any(need_a) else None
         ctx.save_for_backward(x, s if any(need_b) else None, weight, *adapters)
@@ -82,7 +90,8 @@ class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, ds, dx_kept):
         x, s, weight, *adapters = ctx.saved_tensors
-        need_x, need_weight, need_bias, need_base, _, _, _, *need_adapters = ctx.needs_input_grad
+        need_x, need_weight, need_bias, need_base = ctx.needs_input_grad[:4]
+        need_adapters = ctx.needs_input_grad[6 + _FIELDS :]
         count, routing = len(adapters) // 2, ctx.routing
         dx = dweight = dbias = None
         dadapters = [None] * len(adapters)
@@ -96,13 +105,13 @@ class _LoRALinear(torch.autograd.Function):
             def call(backward, *tail):
                 def flat(dy, x, s, *rest):
                     lora_a, lora_b, weight = rest[:count], rest[count : 2 * count], (*rest[2 * count :], None)[0]
-                    dx, da, db = backward(dy, x, s, weight, lora_a, lora_b, *routing.arguments, need, *tail)
+                    dx, da, db = backward(dy, x, s, weight, lora_a, lora_b, *routing, need, *tail)
                     return dx, *da, *db
 
                 return flat
 
             dx, *dadapters = differentiable(call(_backward, ctx.backend), call(reference.backward), *tensors)
-            dx = dx if need_x else None
+            dx = dx if need_x and (weight is not None or adapters) else None
             dadapters = [grad if needed else None for grad, needed in zip(dadapters, need_adapters, strict=True)]
             dweight = dy.mT @ x if need_weight else None
             dbias = dy.sum(0) if need_bias else None
@@ -110,11 +119,20 @@ class _LoRALinear(torch.autograd.Function):
             dx_more, da, db = reference.backward_of_kept(ds, dx_kept, x, adapters[:count], routing, ctx.rows, need_x)
             dx = _sum(dx, dx_more)
             dadapters = [_sum(*pair) for pair in zip(dadapters, [*da, *db], strict=True)]
-        return dx, dweight, dbias, dy if need_base else None, None, None, None, *dadapters
+        return dx, dweight, dbias, dy if need_base else None, None, None, *[None] * _FIELDS, *dadapters
 
 
 def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:
     return second if first is None else first if second is None else first + second
+
+
+def _call(x, weight, bias, base, routing: Routing, adapters: list[Tensor], backend: str) -> Tensor:
+    inputs = (x, weight, bias, base, *adapters)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        pack_x = routing.keeps_some_rows() and not (weight is not None and weight.requires_grad)
+        return _LoRALinear.apply(x, weight, bias, base, pack_x, backend, *routing, *adapters)[0]
+    count = len(adapters) // 2
+    return _forward(x, weight, bias, base, adapters[:count], adapters[count:], *routing, backend)[0]
 
 
 def lora_linear(
@@ -176,8 +194,7 @@ def lora_linear(
     check_dtype(where, x, weight=weight, bias=bias)
     rows = x.flatten(0, -2) if x.dim() > 1 else x[None]
     routing, adapters = route(where, rows, lora_a, lora_b, scaling, segments, dropout_p, seed, weight.shape[0])
-    pack_x = routing.keeps_some_rows and not weight.requires_grad
-    y, _, _ = _LoRALinear.apply(rows, weight, bias, None, routing, pack_x, backend or "", *adapters)
+    y = _call(rows, weight, bias, None, routing, adapters, backend or "")
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
@@ -223,5 +240,4 @@ def lora_add(
     check_dtype(where, x, y=y)
     rows, base = (t.flatten(0, -2) if t.dim() > 1 else t[None] for t in (x, y))
     routing, adapters = route(where, rows, lora_a, lora_b, scaling, segments, dropout_p, seed, y.shape[-1])
-    out, _, _ = _LoRALinear.apply(rows, None, None, base, routing, routing.keeps_some_rows, backend or "", *adapters)
-    return out.reshape(y.shape)
+    return _call(rows, None, None, base, routing, adapters, backend or "").reshape(y.shape)

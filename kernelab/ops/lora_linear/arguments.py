@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,30 +17,22 @@ from .reference import Segment, segments
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-@dataclass(frozen=True)
-class Routing:
-    """Which rows use which adapter, as plain numbers. Adapters are numbered among those that some row uses."""
+class Routing(NamedTuple):
+    """Which rows use which adapter, in the order of the raw op's schema. Adapters are numbered among those in use."""
 
-    counts: tuple[int, ...]
-    adapters: tuple[int, ...]  # -1: off
-    scaling: tuple[float, ...]  # one an adapter in use
-    keep: tuple[bool, ...]  # adapter trains: its rows are kept for backward
+    counts: list[int]
+    adapters: list[int]  # -1: off
+    scaling: list[float]  # one an adapter in use
+    keep: list[bool]  # adapter trains: its rows are kept for backward
     dropout_p: float
     seed: int
 
-    @property
-    def arguments(self) -> tuple:
-        """In the order of the raw op's schema."""
-        return list(self.counts), list(self.adapters), list(self.scaling), list(self.keep), self.dropout_p, self.seed
-
-    @property
     def kept_segments(self) -> list[Segment]:
         return [segment for segment in segments(self.counts, self.adapters, self.keep) if segment.kept >= 0]
 
-    @property
     def keeps_some_rows(self) -> bool:
         """Some rows are kept for backward, but not all: those are copied, since a slice holds its whole storage."""
-        return 0 < sum(segment.count for segment in self.kept_segments) < sum(self.counts)
+        return 0 < sum(segment.count for segment in self.kept_segments()) < sum(self.counts)
 
 
 def check_matrix(where: str, name: str, tensor: object, shape: tuple[int | None, ...], like: Tensor | None) -> None:
@@ -49,7 +41,9 @@ def check_matrix(where: str, name: str, tensor: object, shape: tuple[int | None,
         raise bad_type(where, name, "a tensor", tensor)
     if tensor.dtype not in FLOATS:
         raise bad_type(where, name, "float32, bfloat16, float16 or float64", tensor)
-    fits = tensor.dim() == len(shape) and all(want in (None, got) for want, got in zip(shape, tensor.shape, strict=True))
+    fits = tensor.dim() == len(shape) and all(
+        want in (None, got) for want, got in zip(shape, tensor.shape, strict=True)
+    )
     if not fits:
         wanted = ", ".join("*" if size is None else str(size) for size in shape)
         raise bad_value(where, name, f"shape [{wanted}]", tensor)
@@ -110,7 +104,7 @@ def scaling_list(where: str, scaling: object, adapters: int) -> list[float]:
         raise bad_type(where, "scaling", "a number, or one number an adapter", scaling)
     if len(factors) != adapters:
         raise bad_value(where, "scaling", f"{adapters} numbers, one an adapter", f"{len(factors)}")
-    if not all(math.isfinite(factor) for factor in factors):
+    if not all(abs(factor) < math.inf for factor in factors):  # math.isfinite breaks a compiled graph
         raise bad_value(where, "scaling", "finite numbers", scaling)
     return [float(factor) for factor in factors]
 
@@ -163,13 +157,7 @@ def route(where: str, x: Tensor, lora_a, lora_b, scaling, segments, dropout_p, s
     number = {index: position for position, index in enumerate(used)} | {-1: -1}
     a_used, b_used = ([pair[index].to(x.dtype) for index in used] for pair in (a_list, b_list))
     grad = torch.is_grad_enabled()
-    keep = tuple(grad and (a.requires_grad or b.requires_grad) for a, b in zip(a_used, b_used, strict=True))
-    routing = Routing(
-        tuple(counts),
-        tuple(number[index] for index in indices),
-        tuple(factors[index] for index in used),
-        keep,
-        float(dropout_p),
-        int(seed),
-    )
+    keep = [grad and (a.requires_grad or b.requires_grad) for a, b in zip(a_used, b_used, strict=True)]
+    scaling = [factors[index] for index in used]
+    routing = Routing(counts, [number[index] for index in indices], scaling, keep, float(dropout_p), int(seed))
     return routing, [*a_used, *b_used]

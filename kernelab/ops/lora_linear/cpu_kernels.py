@@ -12,7 +12,7 @@ from .reference import dropped, segments
 def forward(x, weight, bias, base, lora_a, lora_b, counts, adapters, scaling, keep, dropout_p, seed):
     rank = max((a.shape[0] for a in lora_a), default=0)
     parts = list(segments(counts, adapters, keep))
-    s = x.new_empty(sum(part.count for part in parts if part.kept >= 0), rank)
+    s = x.new_zeros(sum(part.count for part in parts if part.kept >= 0), rank)
     y = _base(x, weight, bias, parts) if weight is not None else base.clone(memory_format=torch.contiguous_format)
     for part in parts:
         if part.adapter < 0 or part.count == 0:

@@ -109,7 +109,9 @@ def backward_of_kept(ds, dx_kept, x, lora_a, routing, rows, need_x):
                 ds_g = ds[segment.kept_rows, : a.shape[0]]
                 dx_g = dx_g + dropped(ds_g @ a, segment.row, routing.dropout_p, routing.seed)
                 if x is not None:
-                    x_g = dropped(x[segment.rows if whole else segment.kept_rows], segment.row, routing.dropout_p, routing.seed)
+                    x_g = dropped(
+                        x[segment.rows if whole else segment.kept_rows], segment.row, routing.dropout_p, routing.seed
+                    )
                     previous = da[segment.adapter]
                     da[segment.adapter] = ds_g.mT @ x_g if previous is None else previous + ds_g.mT @ x_g
         dx.append(dx_g)

@@ -51,11 +51,14 @@ def _case(
 
 
 CASES = (
-    _case("smallest", (6,), 5, 4, (2, 3), [(2, 0), (1, None), (3, 1)], bias=True, dropout_p=0.4, tags="smallest interp"),
+    _case(
+        "smallest", (6,), 5, 4, (2, 3), [(2, 0), (1, None), (3, 1)], bias=True, dropout_p=0.4, tags="smallest interp"
+    ),
     _case("one-row", (), 24, 16, (4,), tags="interp"),
     _case("no-rows", (0,), 16, 8, (2,), [(0, 0)], tags="interp"),
     _case("all-off", (9,), 16, 24, (4,), [(9, None)], tags="interp"),
     _case("empty-segments", (7,), 16, 8, (2, 2), [(0, 1), (4, 0), (0, None), (3, None), (0, 0)], tags="interp"),
+    _case("open-rows", (5, 6), 16, 12, (4,), bias=True, tags="dynamic"),
     _case("primes", (67,), 37, 53, (3, 7), [(13, 1), (17, None), (37, 0)], bias=True, tags="interp"),
     _case("mixed-ranks", (96,), 64, 80, (8, 16, 64), [(31, 2), (33, 0), (1, None), (31, 1)], tags="interp"),
     _case("same-adapter-twice", (40,), 32, 48, (8,), [(11, 0), (9, None), (20, 0)], tags="interp"),
@@ -63,7 +66,7 @@ CASES = (
     _case("train-weight", (3, 5, 7), 32, 24, (4,), bias=True, train_weight=True),
     _case("transposed", (48,), 40, 32, (8,), layout=lambda t: t.mT.contiguous().mT, tags="interp"),
     _case("expanded", (1, 40), 40, 32, (8,), layout=lambda t: t.expand(3, -1, -1)),
-    _case("offset", (33,), 40, 32, (8,), [(16, 0), (17, None)], layout=lambda t: t[1:], tags="interp"),
+    _case("offset", (33,), 40, 32, (8,), [(16, 0), (16, None)], layout=lambda t: t[1:], tags="interp"),
     _case("streams", (3, 128, 128), 256, 256, (16, 16), [(16384, None), (16384, 0), (16384, 1)], tags="gpu bench"),
     _case("square-1024", (2048,), 1024, 1024, (16,), tags="bench"),
 )
@@ -78,7 +81,7 @@ def _parse(where: str, x, out_features, lora_a, lora_b, scaling, segments, dropo
 def linear_reference(x, weight, bias=None, *, lora_a, lora_b, scaling, segments=None, dropout_p=0.0, seed=0):
     """``lora_linear`` by autograd through its definition."""
     rows, routing, a, b = _parse("", x, weight.shape[0], lora_a, lora_b, scaling, segments, dropout_p, seed)
-    y, _ = definition.forward(rows, weight, bias, None, a, b, *routing.arguments)
+    y, _ = definition.forward(rows, weight, bias, None, a, b, *routing)
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
@@ -86,7 +89,7 @@ def add_reference(y, x, *, lora_a, lora_b, scaling, segments=None, dropout_p=0.0
     """``lora_add`` by autograd through its definition."""
     rows, routing, a, b = _parse("", x, y.shape[-1], lora_a, lora_b, scaling, segments, dropout_p, seed)
     base = y.flatten(0, -2) if y.dim() > 1 else y[None]
-    out, _ = definition.forward(rows, None, None, base, a, b, *routing.arguments)
+    out, _ = definition.forward(rows, None, None, base, a, b, *routing)
     return out.reshape(y.shape)
 
 
@@ -171,6 +174,7 @@ SPECS = (
         dtypes=DTYPES,
         bytes_moved=bytes_moved,
         flops=flops,
+        dynamic={"x": {0: "batch", 1: "tokens"}},
         misuses=_MISUSES + _LINEAR_MISUSES,
     ),
     OpSpec(
@@ -181,6 +185,7 @@ SPECS = (
         dtypes=DTYPES,
         bytes_moved=bytes_moved,
         flops=flops,
+        dynamic={"x": {0: "batch", 1: "tokens"}, "y": {0: "batch", 1: "tokens"}},
         misuses=_MISUSES + _ADD_MISUSES,
     ),
 )
