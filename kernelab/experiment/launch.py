@@ -1,0 +1,132 @@
+"""From flags to a finished run."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shlex
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+
+from kernelab._core.errors import KernelabError
+from kernelab.experiment.device import from_main, leave_processes, process_count, process_index
+from kernelab.experiment.files import to_json
+from kernelab.experiment.folder import RESULTS, held, new_folder, newest_folder, read_config
+from kernelab.experiment.paper import Paper, load
+
+
+class UsageError(KernelabError):
+    """The command line itself is wrong."""
+
+
+_RESERVED = {"preset", "out", "resume"}
+
+
+def launch(paper: Paper, arguments: list[str], console: Console) -> None:
+    """``kernelab run <paper> <arguments>``."""
+    early, others = _early(arguments)
+    folder = early.out
+    if early.resume and not early.help:
+        folder = folder or newest_folder(paper.name)
+        saved = read_config(folder)
+        if saved and early.preset is None:  # a run goes on with its own flags unless told otherwise
+            early.preset = saved["preset"]
+            others = [*saved["arguments"], *others]
+            arguments = ["--preset", early.preset, *saved["arguments"], *arguments]
+    preset, config = _parse(paper, early.preset, arguments)
+    record = {
+        "paper": paper.key,
+        "preset": preset,
+        "arguments": others,
+        "processes": process_count(),
+        "config": to_json(config, "config"),
+    }
+    with ExitStack() as stack:
+        folder = _enter(stack, paper, folder, record, early.resume)
+        _train(paper, config, folder, console)
+    leave_processes()
+
+
+def _early(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The flags that decide what the other flags start from, and the other flags."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset", nargs="?")
+    parser.add_argument("--out", nargs="?", type=Path)
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("-h", "--help", action="store_true")
+    return parser.parse_known_args(arguments)
+
+
+def _parse(paper: Paper, preset: str | None, arguments: list[str]) -> tuple[str, Any]:
+    """The preset's name and the config: the preset's values, and over them what the flags say."""
+    config_type = load(paper.config)
+    presets: dict[str, Any] = load(paper.config.partition(":")[0] + ":PRESETS")
+    names = {field.name for field in dataclasses.fields(config_type)}
+    if "seed" not in names or names & _RESERVED:
+        raise KernelabError(
+            f"{paper.config}: expected a field 'seed' and none of {sorted(_RESERVED)}, got {sorted(names)}."
+        )
+    arg = tyro.conf.arg
+    flags = dataclasses.make_dataclass(
+        "Flags",
+        [
+            ("preset", Annotated[Literal[tuple(presets)], arg(help="What the other flags start from.")]),
+            ("out", Annotated[Path | None, arg(metavar="DIR", help="The run's folder, else runs/<paper>/<time>.")]),
+            ("resume", tyro.conf.FlagCreatePairsOff[Annotated[bool, arg(help="Go on after the last checkpoint.")]]),
+            ("config", Annotated[config_type, arg(name="")]),
+        ],
+    )
+    start = preset if preset in presets else next(iter(presets))  # an unknown one is the parser's to refuse
+    try:
+        chosen = tyro.cli(
+            flags,
+            args=arguments,
+            default=flags(start, None, False, presets[start]),
+            prog=f"kernelab run {paper.name}",
+            description=f"{paper.title} (arXiv:{paper.arxiv})\n\n{paper.summary}",
+            console_outputs=process_index() == 0,
+        )
+    except ValueError as error:  # from the config's own checks
+        raise UsageError(str(error)) from error
+    return chosen.preset, chosen.config
+
+
+def _enter(stack: ExitStack, paper: Paper, folder: Path | None, record: Mapping[str, Any], resume: bool) -> Path:
+    """Holds the run's folder until ``stack`` closes; every process gets the main one's folder or its refusal."""
+    refusal = None
+    if process_index() == 0:
+        try:
+            folder = folder or new_folder(paper.name)
+            stack.enter_context(held(folder, record, resume=resume))
+        except KernelabError as error:
+            refusal = error
+    folder, refused = from_main((folder, refusal is not None))
+    if refusal:
+        raise refusal
+    if refused:
+        raise SystemExit(1)  # the main process says why
+    return folder
+
+
+def _train(paper: Paper, config: Any, folder: Path, console: Console) -> None:
+    from kernelab.experiment import results
+    from kernelab.experiment.run import Run
+
+    finished = folder / RESULTS
+    if finished.exists():
+        results.show(console, json.loads(finished.read_text()), folder)
+        return
+    console.print(f"{paper.title} -> {folder}", highlight=False)
+    with Run(folder, config, paper=paper.key, console=console) as run:
+        try:
+            summary = load(paper.train)(config, run)
+        except KeyboardInterrupt:
+            command = ["kernelab", "run", paper.name, "--out", str(folder), "--resume"]
+            raise KeyboardInterrupt(shlex.join(command)) from None
+        results.show(console, run.finish(summary), folder)

@@ -1,0 +1,1 @@
+"""One folder a paper: `kernelab list` names them, `kernelab run <paper>` runs one."""
