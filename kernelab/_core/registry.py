@@ -66,6 +66,11 @@ def register(op: str, backend: str, *, module: str, priority: int, devices: tupl
     _OPS.setdefault(op, {})[backend] = Backend(backend, module, priority, devices, supports)
 
 
+def cpu_support(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a CPU backend cannot run on a device (None: it can)."""
+    return None if device.type == "cpu" else "needs CPU tensors"
+
+
 def triton_support(device: torch.device) -> str | None:
     """Why Triton cannot run on a device (None: it can). On a CPU it runs under its interpreter, in tests."""
     if importlib.util.find_spec("triton") is None:
