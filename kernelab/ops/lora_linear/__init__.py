@@ -129,7 +129,9 @@ def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:
 def _call(x, weight, bias, base, routing: Routing, adapters: list[Tensor], backend: str) -> Tensor:
     inputs = (x, weight, bias, base, *adapters)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        pack_x = routing.keeps_some_rows() and not (weight is not None and weight.requires_grad)
+        train_weight = weight is not None and weight.requires_grad
+        train_a = any(a.requires_grad for a in adapters[: len(adapters) // 2])
+        pack_x = train_a and routing.keeps_some_rows() and not train_weight
         return _LoRALinear.apply(x, weight, bias, base, pack_x, backend, *routing, *adapters)[0]
     count = len(adapters) // 2
     return _forward(x, weight, bias, base, adapters[:count], adapters[count:], *routing, backend)[0]
