@@ -24,9 +24,9 @@ class LiveBytes(TorchDispatchMode):
         peak: the most that ``current`` has been.
         phases: the peak inside each ``phase``.
 
-    Memory that exists before the block counts only after ``track``. Nothing is counted of a kernel's own workspace, nor
-    of an allocator's rounding. Under ``FakeTensorMode`` nothing is allocated and the counts are the same; enter it first
-    and make the model inside it. ``UntypedStorage.resize_`` shows when the storage next passes through an operator.
+    Memory that exists before the block counts only after ``track``. Neither a kernel's own workspace nor an allocator's
+    rounding counts. Under ``FakeTensorMode`` nothing is allocated and the counts are the same: enter it first and make
+    the model inside it. ``UntypedStorage.resize_`` shows when the storage next passes through an operator.
 
     Example:
         >>> with LiveBytes() as live:

@@ -26,17 +26,20 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}  # bytes a block
+TENSOR_MEMORY_LIMIT = 512  # columns
 
 NVIDIA = {
-    "mma": r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b",
+    "mma": r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\.[\w.:]+",
     "vector_load": r"\bld\.global[\w.:]*\.(?:v4\.[buf]32|v2\.[buf]64|v8\.[buf]16|v8\.[buf]32)\b",
     "async_copy": r"\bcp\.async(?:\.c[ag]\.shared|\.bulk)[\w.:]*",
 }
 AMD = {
-    "mma": r"\b(v_s?mfma)_\w+",
+    "mma": r"\bv_s?mfma_\w+",
     "vector_load": r"\b(?:global_load_dwordx4|buffer_load_dwordx4)\b",
     "async_copy": r"\bglobal_load_lds_\w+",
 }
+MMA_SHAPE = r"\.(?:aligned|sync|row|col|cta_group::\d|m\d+n\d+k\d+)(?=\.|$)|_\d+x\d+x\d+(?=_)|(?<=_)\d+x\d+x\d+"
 
 
 @dataclass(frozen=True)
@@ -47,9 +50,10 @@ class Resources:
     spill_bytes: int
     stack_bytes: int
     shared_bytes: int
-    mma: dict[str, int] = field(default_factory=dict)
+    mma: dict[str, int] = field(default_factory=dict)  # count by instruction and operand types
     vector_loads: int = 0  # of 16 bytes or more a thread
     async_copies: int = 0
+    tensor_memory: int = 0  # columns, sm_100
 
 
 class _Driver:
@@ -108,6 +112,7 @@ def _read_nvidia(compiled: CompiledKernel, log: str) -> Resources:
         spill_bytes=last(r"(\d+) bytes spill stores") + last(r"(\d+) bytes spill loads"),
         stack_bytes=last(r"(\d+) bytes stack frame"),
         shared_bytes=compiled.metadata.shared,
+        tensor_memory=compiled.metadata.tmem_size or 0,
         **_instructions(compiled.asm["ptx"], NVIDIA),
     )
 
@@ -130,7 +135,7 @@ def _read_amd(compiled: CompiledKernel, log: str) -> Resources:
 def _instructions(code: str, patterns: dict[str, str]) -> dict[str, object]:
     code = re.sub(r"//.*|^\s*;.*", "", code, flags=re.MULTILINE)
     return {
-        "mma": dict(sorted(Counter(re.findall(patterns["mma"], code)).items())),
+        "mma": dict(sorted(Counter(re.sub(MMA_SHAPE, "", name) for name in re.findall(patterns["mma"], code)).items())),
         "vector_loads": len(re.findall(patterns["vector_load"], code)),
         "async_copies": len(re.findall(patterns["async_copy"], code)),
     }

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import triton
 
-from tests.bench.aot import TARGETS, Resources, measure
+from tests.bench.aot import SHARED_LIMIT, TARGETS, TENSOR_MEMORY_LIMIT, Resources, measure
 
 FOLDER = Path(__file__).parents[1] / "golden" / "aot"
 REGISTER_GROWTH = 1.10
@@ -24,8 +24,9 @@ Table = dict[str, dict[str, Resources]]  # launch name, target
 def check(op: str, launches: Iterable, *, update: bool = False, folder: Path = FOLDER) -> Table:
     """Compiles every launch for every target and compares with ``folder/<op>.json``, or writes it.
 
-    Fails on any spill; on more than 10 % more registers; on other MMA instructions; where vector loads or asynchronous
-    copies were and are no more; on a launch without a row and a row without a launch.
+    Fails on any spill; on more shared memory than the GPU has; on more than 10 % more registers; on other MMA
+    instructions; where vector loads or asynchronous copies were and are no more; on a launch without a row and a row
+    without a launch. A table with spills is never written.
     """
     table: Table = {}
     for launch in launches:
@@ -34,10 +35,10 @@ def check(op: str, launches: Iterable, *, update: bool = False, folder: Path = F
         table[launch.name] = {target: measure(launch, target) for target in TARGETS}
     path = folder / f"{op}.json"
     problems = [
-        f"{name} {target}: spills {row.spill_bytes} bytes ({row.registers} registers, {row.stack_bytes} bytes of stack)"
+        f"{name} {target}: {text}"
         for name, rows in table.items()
         for target, row in rows.items()
-        if row.spill_bytes
+        for text in _excesses(target, row)
     ]
     if not update:
         problems += _differences(path, table)
@@ -46,6 +47,17 @@ def check(op: str, launches: Iterable, *, update: bool = False, folder: Path = F
     if update:
         _write(path, table)
     return table
+
+
+def _excesses(target: str, row: Resources) -> list[str]:
+    found = []
+    if row.spill_bytes:
+        found.append(f"spills {row.spill_bytes} bytes ({row.registers} registers, {row.stack_bytes} bytes of stack)")
+    if row.shared_bytes > SHARED_LIMIT[target]:
+        found.append(f"{row.shared_bytes} bytes of shared memory, the GPU has {SHARED_LIMIT[target]} a block")
+    if row.tensor_memory > TENSOR_MEMORY_LIMIT:
+        found.append(f"{row.tensor_memory} columns of tensor memory, the GPU has {TENSOR_MEMORY_LIMIT}")
+    return found
 
 
 def _differences(path: Path, table: Table) -> list[str]:

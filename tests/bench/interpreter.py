@@ -126,8 +126,8 @@ def install() -> None:
 def sanitizer(*, strict: bool = True, reachable: Iterable[torch.Tensor] = ()) -> Iterator[Report]:
     """Collects a report of every launch in the block, where ``torch.empty`` gives NaN.
 
-    ``strict=False`` records faults without raising, for tests of faulty kernels. ``reachable`` are tensors that a kernel
-    finds through a table of pointers.
+    ``strict=False`` records faults without raising, for tests of faulty kernels. ``reachable`` are tensors that kernels
+    find through a table of pointers.
     """
     global _strict, _reachable
     report, before = Report(), (_strict, _reachable)

@@ -41,7 +41,7 @@ def poison(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def is_poison(data: np.ndarray) -> np.ndarray:
-    """The lanes of floats that come from ``poison``, also after a cast to a wider float; arithmetic's own NaN differ."""
+    """Lanes of floats that come from ``poison``, also after a cast to a wider float. The NaN of arithmetic differ."""
     bits = np.ascontiguousarray(data).view(f"u{data.itemsize}")
     shift = max(0, 8 * data.itemsize - 16)
     return bits >> shift == np.iinfo(bits.dtype).max >> shift
