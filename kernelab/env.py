@@ -55,13 +55,13 @@ def backends() -> dict[str, dict[str, str]]:
 def selftest() -> list[dict]:
     """One row an op, backend and dtype that can run here: the largest error against the float64 definition."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows = []
-    for spec in specs():
-        for backend, dtypes in spec.dtypes.items():
-            for dtype in dtypes:
-                if registry.explain(spec.name, torch.empty(0, dtype=dtype, device=device), backend=backend).chosen:
-                    rows.append(_compare(spec, backend, dtype, device))
-    return rows
+    return [
+        _compare(spec, backend, dtype, device)
+        for spec in specs()
+        for backend, dtypes in spec.dtypes.items()
+        for dtype in dtypes
+        if registry.explain(spec.name, torch.empty(0, dtype=dtype, device=device), backend=backend).chosen
+    ]
 
 
 def _compare(spec, backend: str, dtype: torch.dtype, device: torch.device) -> dict:
