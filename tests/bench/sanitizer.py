@@ -1,10 +1,21 @@
-"""What one launch of a kernel touches: bytes, lanes out of bounds, races between programs."""
+"""What the launches of Triton kernels touch: bytes, lanes out of bounds, races between programs.
+
+    with sanitizer() as report:
+        kernel[grid](x, y, n, BLOCK=1024)
+    assert report.launches[0].bytes_loaded == 4 * n
+
+Under TRITON_INTERPRET=1 (see interpreter.py) every launch is watched, in such a block or not. It raises
+``SanitizerError`` if a lane read or wrote outside the launch's tensors (such a lane is masked off), if two programs
+touched the same address and one of them wrote it without an atomic, or if two lanes of one store disagree.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
 from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +26,7 @@ import triton
 BYTES = {"load": "bytes_loaded", "store": "bytes_stored", "atomic": "bytes_atomic"}
 NOT_KERNEL = tuple(str(Path(file).parent) + os.sep for file in (triton.__file__, np.__file__, __file__))
 NOBODY, SEVERAL = 0, -1  # beside program numbers, which count from 1
+ADDRESS_BITS = 48
 
 
 class SanitizerError(AssertionError):
@@ -45,6 +57,8 @@ class LaunchReport:
 class Report:
     """The launches inside one ``with sanitizer()``, in order."""
 
+    strict: bool
+    reachable: dict[str, torch.Tensor]
     launches: list[LaunchReport] = field(default_factory=list)
 
     def total(self, count: str) -> int:
@@ -55,57 +69,97 @@ class Report:
             launch.assert_clean()
 
 
-class Launch:
-    """One launch while its programs run."""
+_reports: list[Report] = []
 
-    def __init__(self, kernel: str, tensors: dict[str, torch.Tensor]) -> None:
+
+@contextmanager
+def sanitizer(*, strict: bool = True, reachable: Iterable[torch.Tensor] = ()) -> Iterator[Report]:
+    """Collects a report of every launch in the block, where ``torch.empty`` gives NaN.
+
+    ``strict=False`` records faults without raising, for tests of faulty kernels. ``reachable`` are tensors that kernels
+    find through a table of pointers.
+    """
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    report = Report(strict, {f"reachable[{index}]": tensor for index, tensor in enumerate(reachable)})
+    _reports.append(report)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield report
+    finally:
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        _reports.pop()
+
+
+class Launch:
+    """One launch while its programs run.
+
+    A pointer carries in its upper 16 bits which argument it comes from, so that leaving one tensor is a fault even
+    where another begins. Pointers out of a table in memory carry 0.
+    """
+
+    def __init__(self, kernel: str, arguments: dict[str, torch.Tensor]) -> None:
         self.report = LaunchReport(kernel)
-        self.regions = _regions(tensors)
-        self.starts = np.array([region.start for region in self.regions], np.int64)
-        self.ends = np.array([region.end for region in self.regions], np.int64)
         self.program = NOBODY
+        self.names = ["a table of pointers", *arguments]
+        spans = [_span(tensor) for tensor in arguments.values()]
+        self.starts, self.ends = np.array([(0, 0), *spans], np.int64).T
+        self.tags = {id(tensor): tag << ADDRESS_BITS for tag, tensor in enumerate(arguments.values(), start=1)}
+        for report in _reports:
+            report.launches.append(self.report)
+            arguments = arguments | report.reachable
+        self.regions = _regions(arguments)
+        self.region_starts = np.array([region.start for region in self.regions], np.int64)
+        self.region_ends = np.array([region.end for region in self.regions], np.int64)
+
+    def judge(self) -> None:
+        if all(report.strict for report in _reports):
+            self.report.assert_clean()
 
     def touch(
         self, kind: str, pointers: np.ndarray, mask: np.ndarray, itemsize: int, bits: np.ndarray | None = None
-    ) -> np.ndarray:
-        """Counts one access; the result is the mask of its active lanes in bounds. ``bits`` are the values stored."""
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Counts one access. Gives the addresses and the mask of the active lanes in bounds; ``bits`` are stored."""
         active = np.array(np.broadcast_to(mask, pointers.shape))
         lanes = np.flatnonzero(active)
-        addresses = pointers.reshape(-1)[lanes].astype(np.int64)
-        place = self._locate(addresses, itemsize)
+        argument, address = np.divmod(pointers.reshape(-1)[lanes].astype(np.int64), 1 << ADDRESS_BITS)
+        place = self._locate(argument, address, itemsize)
         if (outside := place < 0).any():
-            self._out_of_bounds(kind, addresses[outside])
+            self._out_of_bounds(kind, argument[outside], address[outside])
             active.reshape(-1)[lanes[outside]] = False
-            lanes, addresses, place = (each[~outside] for each in (lanes, addresses, place))
+            lanes, address, place = (each[~outside] for each in (lanes, address, place))
         setattr(self.report, BYTES[kind], getattr(self.report, BYTES[kind]) + lanes.size * itemsize)
         for index in np.unique(place):
             here, region = place == index, self.regions[index]
-            race = region.touch(kind, addresses[here], itemsize, self.program)
+            race = region.touch(kind, address[here], itemsize, self.program)
             if kind == "store":
                 values = np.broadcast_to(bits, pointers.shape).reshape(-1)[lanes[here]]
-                race |= region.disagree(addresses[here], values)
+                race |= _disagree(address[here], values)
             if race.any():
                 self.report.races += int(race.sum())
                 self._fault(f"{kind} races with another program or lane in {region.names}", int(race.sum()))
-        return active
+        return pointers & np.uint64((1 << ADDRESS_BITS) - 1), active
 
-    def _locate(self, addresses: np.ndarray, itemsize: int) -> np.ndarray:
-        """Index of the region of each address, -1 where there is none."""
+    def _locate(self, argument: np.ndarray, address: np.ndarray, itemsize: int) -> np.ndarray:
+        """Index of the region of each address, -1 where the argument does not reach."""
         if not self.regions:
-            return np.full(addresses.shape, -1)
-        index = np.searchsorted(self.starts, addresses, "right") - 1
-        return np.where(addresses + itemsize <= self.ends[index], index, -1)  # below the first start: index -1 already
+            return np.full(address.shape, -1)
+        region = np.searchsorted(self.region_starts, address, "right") - 1
+        known = np.clip(argument, 0, len(self.starts) - 1)
+        start = np.where(known > 0, self.starts[known], self.region_starts[region])
+        end = np.where(known > 0, self.ends[known], self.region_ends[region])
+        inside = (known == argument) & (region >= 0) & (start <= address) & (address + itemsize <= end)
+        return np.where(inside, region, -1)
 
-    def _out_of_bounds(self, kind: str, addresses: np.ndarray) -> None:
-        text = "no argument is a tensor"
-        if self.regions:
-            first = int(addresses[0])
-            before, past = self.starts - first, first - self.ends
-            nearest = int(np.maximum(before, past).argmin())
-            gap = f"{before[nearest]} bytes before" if before[nearest] > 0 else f"{past[nearest]} bytes past"
-            text = f"first lane {gap} {self.regions[nearest].names}"
-        self.report.out_of_bounds += addresses.size
-        self._fault(f"{kind} out of bounds, {text}", addresses.size)
+    def _out_of_bounds(self, kind: str, argument: np.ndarray, address: np.ndarray) -> None:
+        first, lanes = int(argument[0]), address.size
+        where = "far away"
+        if first in range(1, len(self.names)):
+            gap = int(self.starts[first] - address[0]), int(address[0] - self.ends[first])
+            where = f"{gap[0]} bytes before" if gap[0] > 0 else f"{gap[1]} bytes past"
+            where += f" {self.names[first]}"
+        self.report.out_of_bounds += lanes
+        self._fault(f"{kind} out of bounds, first lane {where}", lanes)
 
     def _fault(self, text: str, lanes: int) -> None:
         self.report.faults[f"{_kernel_line()}: {text}"] += lanes
@@ -133,29 +187,32 @@ class Region:
         owner[cells] = np.where((seen == NOBODY) | (seen == program), program, SEVERAL)
         return race.any(axis=1)
 
-    def disagree(self, addresses: np.ndarray, values: np.ndarray) -> np.ndarray:
-        """Lanes of one store that write something else than another lane at the same address."""
-        order = np.argsort(addresses, kind="stable")
-        same = np.diff(addresses[order]) == 0
-        differ = np.diff(values[order]) != 0
-        result = np.zeros(len(addresses), bool)
-        result[order[1:]] = same & differ
-        return result
-
     def _cells(self, addresses: np.ndarray, itemsize: int) -> np.ndarray:
         width = max(1, itemsize // self.cell)
         return ((addresses - self.start) // self.cell)[:, None] + np.arange(width)  # [lanes, width]
 
 
+def _disagree(addresses: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Lanes of one store that write something else than another lane at the same address."""
+    order = np.argsort(addresses, kind="stable")
+    result = np.zeros(len(addresses), bool)
+    result[order[1:]] = (np.diff(addresses[order]) == 0) & (np.diff(values[order]) != 0)
+    return result
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    """Addresses from the first to after the last element."""
+    start = tensor.data_ptr()
+    if not tensor.numel():
+        return start, start
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return start, start + (last + 1) * tensor.element_size()
+
+
 def _regions(tensors: dict[str, torch.Tensor]) -> list[Region]:
-    """The spans of the tensors from first to last element, joined where they overlap."""
+    """The spans of the tensors, joined where they overlap."""
     joined: list[list] = []
-    spans = []
-    for name, tensor in tensors.items():
-        if tensor.numel():
-            last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-            itemsize = tensor.element_size()
-            spans.append((tensor.data_ptr(), tensor.data_ptr() + (last + 1) * itemsize, itemsize, name))
+    spans = [(*_span(tensor), tensor.element_size(), name) for name, tensor in tensors.items() if tensor.numel()]
     for start, end, itemsize, name in sorted(spans):
         if joined and start < joined[-1][1]:
             _, last_end, last_itemsize, names = joined[-1]

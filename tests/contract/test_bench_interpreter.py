@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ml_dtypes
 import pytest
 import torch
 import triton
@@ -11,7 +10,7 @@ from triton.runtime.errors import InterpreterError
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernelab._core.philox import philox
-from tests.bench.interpreter import SanitizerError, sanitizer
+from tests.bench.sanitizer import SanitizerError, sanitizer
 from tests.contract.bench_kernels import copy_kernel, matmul_kernel, softmax_kernel
 
 pytestmark = pytest.mark.interp
@@ -233,6 +232,16 @@ def test_wrong_kernel_is_caught(wrong: str):
     assert (memory[[0, 1, 102, 103]] == 7).all()  # lanes out of bounds wrote nothing
 
 
+def test_leaving_one_tensor_is_caught_where_another_begins():
+    memory = torch.full((256,), 7.0)
+    x, y = memory[:100], memory[100:200]
+    with pytest.raises(SanitizerError, match="load out of bounds, first lane 0 bytes past x_ptr: 28 lanes"):
+        _wrong_kernel[(2,)](x, y, 100, WRONG="no mask on load", BLOCK=64)
+    with pytest.raises(SanitizerError, match="store out of bounds, first lane 0 bytes past y_ptr: 28 lanes"):
+        _wrong_kernel[(2,)](y, x, 100, WRONG="no mask on store", BLOCK=64)
+    assert (memory[200:] == 7).all()
+
+
 def test_the_same_kernel_with_nothing_wrong_is_clean():
     x, y = torch.randn(100), torch.empty(100)
     _wrong_kernel[(2,)](x, y, 100, WRONG="", BLOCK=64)
@@ -450,7 +459,3 @@ def test_max_ignores_nan_as_a_gpu():
     y = torch.empty(1)
     _reduce_kernel[(1,)](x, y, OP="max", AXIS=1, M=1, N=4)
     assert y == 3
-
-
-def test_ml_dtypes_is_what_torch_stores():
-    assert torch.tensor(1.5).bfloat16().view(torch.int16).numpy().view(ml_dtypes.bfloat16) == 1.5
