@@ -22,6 +22,7 @@ logger = logging.getLogger("kernelab")
 
 _TENSORS, _STATE, _MARKER = "tensors.safetensors", "state.json", "complete.json"
 _PHASE = re.compile(r"[A-Za-z0-9_]+")
+_NAME = re.compile(rf"(?P<phase>{_PHASE.pattern})-(?P<step>[0-9]{{8,}})")
 
 
 @dataclass(frozen=True)
@@ -84,29 +85,31 @@ class Checkpoints:
 
     def newest(self, phase: str) -> Checkpoint | None:
         """The newest complete checkpoint of ``phase``; one that is torn is skipped with a log line."""
-        return next(filter(None, map(_open, reversed(self._steps().get(phase, [])))), None)
+        folders = reversed(self._folders().get(phase, []))
+        return next(filter(None, (_open(folder) for _, folder in folders)), None)
 
     def all(self) -> list[Checkpoint]:
         """The newest complete checkpoint of every phase."""
-        return [found for phase in self._steps() if (found := self.newest(phase))]
+        return [found for phase in self._folders() if (found := self.newest(phase))]
 
     def clean(self) -> None:
         """Removes what a killed process left under a temporary name."""
         for leftover in self.folder.glob(f"{TEMPORARY}*"):
             shutil.rmtree(leftover)
 
-    def _steps(self) -> dict[str, list[Path]]:
-        """Folders by phase, oldest first."""
-        steps: dict[str, list[Path]] = {}
-        for folder in sorted(self.folder.glob("[!.]*-*")):
-            steps.setdefault(folder.name.rpartition("-")[0], []).append(folder)
-        return steps
+    def _folders(self) -> dict[str, list[tuple[int, Path]]]:
+        """``(step, folder)`` by phase, oldest first."""
+        found: dict[str, list[tuple[int, Path]]] = {}
+        for folder in self.folder.glob("*"):
+            if name := _NAME.fullmatch(folder.name):
+                found.setdefault(name["phase"], []).append((int(name["step"]), folder))
+        return {phase: sorted(folders) for phase, folders in sorted(found.items())}
 
     def _prune(self, phase: str, step: int) -> None:
-        for name, folders in self._steps().items():
-            stale = [folder for folder in folders if name == phase and _step(folder) > step]
-            current = [folder for folder in folders if folder not in stale]
-            for folder in stale + current[: -self.keep if name == phase else -1]:
+        for name, folders in self._folders().items():
+            ahead = [folder for at, folder in folders if name == phase and at > step]  # a run went back before them
+            behind = [folder for _, folder in folders if folder not in ahead]
+            for folder in ahead + behind[: -self.keep if name == phase else -1]:
                 self._remove(folder)
 
     def _remove(self, folder: Path) -> None:
@@ -120,10 +123,6 @@ def check_phase(phase: str) -> None:
     """Raises unless ``phase`` can be part of a folder's name."""
     if not isinstance(phase, str) or not _PHASE.fullmatch(phase):
         raise bad_value("run", "phase", "letters, digits and underscores", phase)
-
-
-def _step(folder: Path) -> int:
-    return int(folder.name.rpartition("-")[2])
 
 
 def _open(folder: Path) -> Checkpoint | None:

@@ -13,6 +13,7 @@ import tyro
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
+from rich.text import Text
 
 from kernelab import __version__
 from kernelab._core.errors import KernelabError
@@ -41,7 +42,9 @@ def main(argv: Sequence[str] | None = None, papers: Mapping[str, Paper] | None =
             _dispatch(arguments, find_papers() if papers is None else papers, console)
         return 0
     except SystemExit as error:  # from the flags' parser, which has printed its message
-        return int(error.code or 0)
+        if isinstance(error.code, str):
+            raise
+        return error.code or 0
     except KernelabError as error:
         errors.print(f"kernelab: {error}")
         return 2 if isinstance(error, UsageError) else 1
@@ -73,7 +76,7 @@ def _list(arguments: list[str], papers: Mapping[str, Paper], console: Console) -
         raise UsageError(f"kernelab list takes no arguments, got {shlex.join(arguments)!r}.")
     table = Table("paper", "arXiv", "title", box=None)
     for paper in sorted(papers.values(), key=lambda paper: paper.key):
-        table.add_row(paper.name, paper.arxiv, f"{paper.title}\n[dim]{paper.summary}[/]")
+        table.add_row(paper.name, paper.arxiv, Text(f"{paper.title}\n").append(paper.summary, "dim"))
     console.print(table, highlight=False)
 
 

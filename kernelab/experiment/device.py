@@ -8,17 +8,18 @@ from typing import TYPE_CHECKING, Any
 from kernelab._core.errors import KernelabError
 
 if TYPE_CHECKING:
+    import torch
     from accelerate import Accelerator
 
 
 def process_index() -> int:
-    """This process among those that torchrun or ``accelerate launch`` started; 0 is the main one."""
-    return int(os.environ.get("RANK", 0))
+    """This process among those that torchrun, ``accelerate launch`` or MPI started; 0 is the main one."""
+    return _from_environment(0, "RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 
 
 def process_count() -> int:
-    """How many processes torchrun or ``accelerate launch`` started; 1 without them."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    """How many processes torchrun, ``accelerate launch`` or MPI started; 1 without them."""
+    return _from_environment(1, "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 def accelerator(**options: Any) -> Accelerator:
@@ -27,6 +28,37 @@ def accelerator(**options: Any) -> Accelerator:
     Raises ``KernelabError`` if accelerate is not installed.
     """
     return _accelerate().Accelerator(**_cpu(), **options)
+
+
+class FullState:
+    """A model and its optimizer as one entry of a run's state, whether or not their tensors are sharded (FSDP2).
+
+    Every process takes part in gathering and in loading; only the main one holds the whole.
+
+    >>> state = {"training": FullState(model, optimizer)}
+    """
+
+    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer):
+        self.model = model
+        self.optimizer = optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        model, optimizer = get_state_dict(self.model, self.optimizer, options=options)
+        return {"model": model, "optimizer": optimizer}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
+
+        set_state_dict(
+            self.model,
+            self.optimizer,
+            model_state_dict=saved["model"],
+            optim_state_dict=saved["optimizer"],
+            options=StateDictOptions(full_state_dict=True),
+        )
 
 
 def from_main(value: Any) -> Any:
@@ -51,6 +83,10 @@ def leave_processes() -> None:
     """Ends the group of processes, if there is one."""
     if process_count() > 1:
         _state().destroy_process_group()
+
+
+def _from_environment(default: int, *names: str) -> int:
+    return next((int(os.environ[name]) for name in names if name in os.environ), default)
 
 
 def _accelerate():

@@ -41,6 +41,8 @@ def curves(records: Iterable[Mapping[str, Any]], names: Iterable[str], *, x: str
     'loss'
     """
     records, names = list(records), list(names)
+    if not names:
+        raise bad_value("curves", "names", "at least one metric", names)
     made, axes = figure(len(names), width=6.4, height=1.0 + 2.2 * len(names))
     for axis, name in zip([axes] if len(names) == 1 else axes, names, strict=True):
         points = [(record[x], record[name]) for record in records if x in record and name in record]

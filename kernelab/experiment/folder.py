@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from kernelab._core.errors import KernelabError
 from kernelab.experiment.files import TEMPORARY, write_json
 
 CONFIG, RESULTS = "config.json", "results.json"
-_MISSING = object()
+_LOCK = TEMPORARY + "lock"
 
 
 def new_folder(paper: str) -> Path:
@@ -42,12 +41,14 @@ def newest_folder(paper: str) -> Path:
 
 def read_config(folder: Path) -> dict[str, Any] | None:
     """What ``config.json`` of a run folder says, or ``None`` when there is none."""
+    path = folder / CONFIG
     try:
-        return json.loads((folder / CONFIG).read_text())
-    except FileNotFoundError:
+        saved = json.loads(path.read_text())
+        return {name: saved[name] for name in ("paper", "preset", "arguments", "processes", "config")}
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError) as error:
-        raise KernelabError(f"{folder / CONFIG} cannot be read: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise KernelabError(f"{path} is not what a run wrote there: {type(error).__name__}: {error}") from error
 
 
 @contextmanager
@@ -59,34 +60,36 @@ def held(folder: Path, record: Mapping[str, Any], *, resume: bool) -> Iterator[N
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY)
+        _check(folder, record, resume)
+        lock = open(folder / _LOCK, "w")  # noqa: SIM115 (held below, once it is known to open)
     except OSError as error:
-        raise KernelabError(f"the run folder {folder} cannot be made: {error}") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise KernelabError(f"another process is running in {folder}.") from None
-    try:
-        _enter(folder, record, resume)
+        raise KernelabError(f"the run folder {folder} cannot be used: {error}") from error
+    with lock:
+        with suppress(OSError):  # some file systems have no locks
+            if not _lock(lock):
+                raise KernelabError(f"another process is running in {folder}.")
+        _check(folder, record, resume)  # a run may have begun and ended there meanwhile
+        if not (folder / CONFIG).exists():
+            write_json(folder / CONFIG, record)
         yield
-    finally:
-        os.close(lock)
 
 
-def _enter(folder: Path, record: Mapping[str, Any], resume: bool) -> None:
+def _lock(file: TextIO) -> bool:
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, it dies with the process, not its workers
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
+
+
+def _check(folder: Path, record: Mapping[str, Any], resume: bool) -> None:
     saved = read_config(folder)
     if saved is None:
         if any(not entry.name.startswith(TEMPORARY) for entry in folder.iterdir()):
             raise KernelabError(f"{folder} is not empty and holds no run; name another folder with --out.")
-        write_json(folder / CONFIG, record)
-        return
-    if not resume:
-        raise KernelabError(
-            f"{folder} holds a run already; continue it with --resume, or name another folder with --out."
-        )
-    changes = _changes(saved, record)
-    if changes:
+    elif not resume:
+        raise KernelabError(f"{folder} holds a run already; go on with it (--resume) or name another folder (--out).")
+    elif changes := _changes(saved, record):
         raise KernelabError(
             f"{folder} was begun with another configuration and cannot be resumed with this one:\n  "
             + "\n  ".join(changes)
@@ -96,14 +99,16 @@ def _enter(folder: Path, record: Mapping[str, Any], resume: bool) -> None:
 
 def _changes(saved: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:
     old, new = (
-        {**_flat(one["config"]), "paper": one["paper"], "processes": one["processes"]} for one in (saved, record)
+        {"paper": one["paper"], "processes": one["processes"], **_flat(one["config"])} for one in (saved, record)
     )
-    show = lambda value: "(absent)" if value is _MISSING else json.dumps(value)  # noqa: E731
+    names = {**old, **new}
     return [
-        f"{name}: {show(old.get(name, _MISSING))} -> {show(new.get(name, _MISSING))}"
-        for name in {**old, **new}
-        if old.get(name, _MISSING) != new.get(name, _MISSING)
+        f"{name}: {_show(old, name)} -> {_show(new, name)}" for name in names if _show(old, name) != _show(new, name)
     ]
+
+
+def _show(values: Mapping[str, Any], name: str) -> str:
+    return json.dumps(values[name]) if name in values else "absent"
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -94,6 +94,8 @@ def _parse(paper: Paper, preset: str | None, arguments: list[str]) -> tuple[str,
         )
     except ValueError as error:  # from the config's own checks
         raise UsageError(str(error)) from error
+    if not 0 <= chosen.config.seed < 2**63:
+        raise UsageError(f"--seed: expected a number from 0 to 2**63 - 1, got {chosen.config.seed}.")
     return chosen.preset, chosen.config
 
 
@@ -122,7 +124,7 @@ def _train(paper: Paper, config: Any, folder: Path, console: Console) -> None:
     if finished.exists():
         results.show(console, json.loads(finished.read_text()), folder)
         return
-    console.print(f"{paper.title} -> {folder}", highlight=False)
+    console.print(f"{paper.title} -> {folder}", highlight=False, markup=False, soft_wrap=True)
     with Run(folder, config, paper=paper.key, console=console) as run:
         try:
             summary = load(paper.train)(config, run)

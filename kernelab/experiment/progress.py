@@ -17,7 +17,7 @@ _SHOWN = 4
 class Progress:
     """Shows ``done`` of ``total`` steps, their rate, the time left and the first few of the last metrics.
 
-    >>> with Progress(Console(), "train", done=0, total=2) as progress:
+    >>> with Progress(run.console, "train", done=0, total=2) as progress:
     ...     progress.show({"loss": 0.5})
     ...     progress.advance()
     """

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 _PACKAGES = ("kernelab", "torch", "numpy", "triton", "safetensors", "accelerate", "transformers", "peft", "tokenizers")
 
@@ -65,17 +66,16 @@ def show(console: Console, results: Mapping[str, Any], folder: Path) -> None:
     """Prints the claims as a table, and where everything else lies."""
     table = Table("claim", "expected", "obtained", "", title=results["paper"], title_justify="left")
     for claim in results["claims"]:
-        mark = "[green]passed[/]" if claim["passed"] else "[red]not reproduced[/]"
-        table.add_row(claim["name"], *(_text(claim[key]) for key in ("expected", "obtained")), mark)
+        mark = Text("passed", "green") if claim["passed"] else Text("not reproduced", "red")
+        table.add_row(*(_text(claim[key]) for key in ("name", "expected", "obtained")), mark)
     if results["claims"]:
         console.print(table)
     memory = results["peak_memory"]["rss_bytes"] / 2**20
-    console.print(
-        f"{results['wall_seconds']:.1f} s, peak memory {memory:.0f} MiB, results in {folder}", highlight=False
-    )
+    line = f"{results['wall_seconds']:.1f} s, peak memory {memory:.0f} MiB, results in {folder}"
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def _text(value: Any) -> str:
+def _text(value: Any) -> Text:
     if isinstance(value, float):
-        return f"{value:.4g}"
-    return value if isinstance(value, str) else json.dumps(value)
+        return Text(f"{value:.4g}")
+    return Text(value if isinstance(value, str) else json.dumps(value))

@@ -70,7 +70,7 @@ class Run:
         self._total: int | None = None
         self._progress: Progress | None = None
         self._loop = lambda: None
-        self._stop = False
+        self._stop_asked = self._stop_heard = False
         seed_everything(config.seed)
 
     def __enter__(self) -> Run:
@@ -128,10 +128,13 @@ class Run:
         try:
             with Progress(self.console, label, start, total) as self._progress, self._interrupts():
                 for step in range(start, total):
+                    late = self._stop_asked  # after the last step's should_checkpoint
                     yield step
                     self._progress.advance()
-                    if self._stop:
+                    if self._stop_heard or late:
                         raise KeyboardInterrupt
+                if self._stop_asked:
+                    raise KeyboardInterrupt
         finally:
             self._total = self._progress = None
 
@@ -143,7 +146,7 @@ class Run:
             return
 
         def ask(signum, frame):
-            self._stop = True
+            self._stop_asked = True
             signal.signal(signal.SIGINT, signal.default_int_handler)
             os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")  # print is not reentrant
 
@@ -159,8 +162,9 @@ class Run:
             raise KernelabError("run.should_checkpoint: it answers inside a loop over run.steps.")
         if every is not None and every < 1:
             raise bad_value("run.should_checkpoint", "every", "at least 1", every)
+        self._stop_heard = self._stop_asked
         done = step + 1
-        return done % (every or max(1, self._total // 20)) == 0 or done == self._total or self._stop
+        return done % (every or max(1, self._total // 20)) == 0 or done == self._total or self._stop_heard
 
     def save(self, step: int, state: Mapping[str, Any]) -> None:
         """Writes a checkpoint after which a resumed run goes on at ``step + 1``; the last thing in a loop's body."""

@@ -35,8 +35,8 @@ class Config:
     learning_rate: float = 1e-2
     """The optimizer's step size."""
     checkpoint_every: int = 4
-    kill_at: str = ""
-    """``phase:step`` before which the process kills itself, once a folder."""
+    faults: tuple[str, ...] = ()
+    """``SIGKILL@fit:5``: what the process sends itself after a step, once a folder."""
 
     def __post_init__(self):
         if self.steps < 1:
@@ -65,9 +65,9 @@ def train(config: Config, run) -> dict:
             state["best"] = min(state["best"], mean_loss.item())
             run.log(step, {"loss": mean_loss, "best": state["best"]})
             run.timing(step, {"seconds": time.perf_counter()})
+            _signal(config.faults, f"{phase}:{step}", run.folder)
             if run.should_checkpoint(step, config.checkpoint_every):
                 run.save(step, state)
-            _kill(config.kill_at, f"{phase}:{step}", run.folder)
         run.log(config.steps, {"weight": next(model.parameters()).sum(), "noise": torch.randn(()).item()})
     if run.is_main:
         save_file(acc.unwrap_model(model).state_dict(), run.folder / "final.safetensors")
@@ -83,11 +83,12 @@ def plan(batch: int = 8) -> str:
     return f"{batch * 4} floats"
 
 
-def _kill(kill_at: str, here: str, folder) -> None:
-    done = folder / f"killed-{here.replace(':', '-')}"
-    if here in kill_at.split(",") and not done.exists():
-        done.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
+def _signal(faults: tuple[str, ...], here: str, folder) -> None:
+    for name in ("SIGKILL", "SIGINT"):
+        sent = folder / f"{name}-{here.replace(':', '-')}"
+        if f"{name}@{here}" in faults and not sent.exists():
+            sent.touch()
+            os.kill(os.getpid(), getattr(signal, name))
 
 
 if __name__ == "__main__":
