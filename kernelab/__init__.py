@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 
 _PACKAGES = ("experiment", "lora", "ops", "papers")
 _FUNCTIONS = {
-    "explain": "kernelab._core.registry",
+    "explain": "kernelab.ops",  # through the ops, which register as they load
     "use_backend": "kernelab._core.registry",
     "KernelabError": "kernelab._core.errors",
     "BackendUnavailable": "kernelab._core.errors",

@@ -2,9 +2,11 @@
 
 from importlib import import_module
 
+from kernelab._core.registry import explain
+
 from .lora_linear import lora_add, lora_linear
 
-__all__ = ["lora_add", "lora_linear"]
+__all__ = ["explain", "lora_add", "lora_linear"]
 
 _FOLDERS = ("lora_linear",)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kernelab._core import define, registry
-from kernelab._core.autograd import differentiable
+from kernelab._core.autograd import differentiable, stored_signature
 from kernelab._core.errors import bad_value
 
 from . import reference
@@ -68,8 +68,10 @@ class _LoRALinear(torch.autograd.Function):
     in a first-order backward their cotangents are None."""
 
     @staticmethod
-    def forward(x, weight, bias, base, pack_x: bool, backend: str, *rest):
-        # Loose arguments, not a Routing: Dynamo does not trace an open row count through an object.
+    @stored_signature
+    def forward(*inputs):
+        # Loose numbers, not a Routing: Dynamo does not trace an open row count through an object.
+        x, weight, bias, base, pack_x, backend, *rest = inputs
         routing, adapters = Routing(*rest[:_FIELDS]), rest[_FIELDS:]
         count = len(adapters) // 2
         y, s = _forward(x, weight, bias, base, adapters[:count], adapters[count:], *routing, backend)
