@@ -69,6 +69,8 @@ CASES = (
     _case("offset", (33,), 40, 32, (8,), [(16, 0), (16, None)], layout=lambda t: t[1:], tags="interp"),
     _case("streams", (3, 128, 128), 256, 256, (16, 16), [(16384, None), (16384, 0), (16384, 1)], tags="gpu bench"),
     _case("square-1024", (2048,), 1024, 1024, (16,), tags="bench"),
+    _case("square-1024-dropout", (2048,), 1024, 1024, (16,), dropout_p=0.05, tags="bench"),
+    _case("roles-1024", (3, 1024), 1024, 1024, (16, 16), [(1024, None), (1024, 0), (1024, 1)], tags="bench"),
 )
 
 
