@@ -20,6 +20,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from kernelab._core.errors import bad_value
+
 from .config import LoRAConfig
 from .errors import AdapterFileError, BaseMismatchError
 from .inject import adapter_layers, check_name, commit, find_router, layer_problem
@@ -48,11 +50,14 @@ def save_adapter(model: nn.Module, name: str, directory: str | os.PathLike) -> N
 
     Raises:
         UnknownRoleError: no adapter has this name.
+        ValueError: ``model`` is only a part of the adapted model.
         OSError: the directory cannot be written.
 
     >>> save_adapter(model, "actor", "runs/actor")
     """
     layers = {layer.lora_path: layer for layer in adapter_layers(model, name, "save_adapter")}
+    if missing := find_router(model, "save_adapter").paths[name] - layers.keys():
+        raise bad_value("save_adapter", "model", "the whole adapted model", f"a part without {min(missing)}")
     parameters = {
         key(path, part): values[name]
         for path, layer in layers.items()

@@ -76,6 +76,7 @@ def commit(
         model.requires_grad_(False)
     router.adapters.update(adapters)
     for path, module, name, config, a, b in pairs:
+        router.paths.setdefault(name, set()).add(path)
         attach(module, router, path, name, config, a, b)
     _FOUND.clear()
 
@@ -115,6 +116,8 @@ def streams(model: nn.Module, roles: Iterable[str | None]) -> AbstractContextMan
     """Inside the block, one forward plays several roles: chunk ``i`` of dim 0 uses ``roles[i]``, None is off.
 
     The caller stacks one equal chunk a role along dim 0; nothing is copied. None chunks give adapters no gradient.
+    Every LoRA layer has to see the chunks in this order, so a layer that gets rows gathered by an index (experts) or
+    another dimension first cannot be used in streams.
 
     Args:
         model: the injected model, or any wrapper around it.

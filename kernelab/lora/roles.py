@@ -36,10 +36,11 @@ HookPair = tuple[Callable, Callable]
 
 
 class Router:
-    """Identity of one injected model, shared by its layers, with the settings of its adapters."""
+    """Identity of one injected model, shared by its layers, with the settings and the layers of its adapters."""
 
     def __init__(self) -> None:
         self.adapters: dict[str, LoRAConfig] = {}
+        self.paths: dict[str, set[str]] = {}
 
     def __repr__(self) -> str:
         return f"Router({', '.join(self.adapters)})"

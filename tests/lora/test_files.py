@@ -268,6 +268,9 @@ def test_bad_arguments(tmp_path):
     with pytest.raises(UnknownRoleError, match=r"save_adapter.*'actor'"):
         save_adapter(adapted(), "critic", tmp_path / "new")
     assert not (tmp_path / "new").exists()
+    with pytest.raises(ValueError, match=r"'model'.*a part without model\.layers\.0"):
+        save_adapter(adapted().model.layers[1], "actor", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
     with pytest.raises(ValueError, match="'name'"):
         load_adapter(adapted(), tmp_path, "a.b")
 

@@ -303,6 +303,43 @@ def test_a_side_branch_that_recomputes_first_raises_rather_than_guesses():
         side.sum().backward()
 
 
+def test_a_role_inside_does_not_decide_for_the_function_around_it():
+    """The checkpoint saved no argument, and the node that recomputes it was made in the inner role."""
+    model = stack()
+    first, second = model.stages[0]
+
+    def function(x):
+        with role(model, "critic"):
+            h = first(x)
+        return second(torch.tanh(h))[..., :0].sum() + torch.exp(h)
+
+    grads = []
+    for run in (function, lambda x: checkpoint(function, x=x, use_reentrant=False)):
+        model.zero_grad()
+        with role(model, "actor"):
+            out = run(X.clone().requires_grad_())
+        with off(model):
+            (DY_ACTOR * out).sum().backward()
+        grads.append({name: grad for name, grad in gradients(model).items() if grad is not None})
+    assert len(grads[0]) == 12
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-12, atol=1e-12)
+
+
+def test_a_role_of_another_model_does_not_hide_that_the_own_one_is_unknown():
+    model, other = stack({"actor": LoRAConfig(r=2)}), stack()
+    block, scale = model.stages[0][0], nn.Parameter(torch.ones(WIDTH, dtype=torch.float64))
+
+    def function(x):
+        side = torch.exp(x * scale)
+        with role(other, "critic"):
+            return side, block(x)
+
+    with off(model):
+        side, _ = checkpoint(function, x=X.clone().requires_grad_(), use_reentrant=False)
+    with pytest.raises(RoleError, match="inside a backward"):
+        side.sum().backward()
+
+
 def test_dropout_is_repeated_by_recomputation():
     configs = {"actor": LoRAConfig(r=2, dropout=0.5), "critic": LoRAConfig(r=2, dropout=0.25)}
     grads = []
@@ -398,6 +435,13 @@ class TestErrors:
 
     def test_two_injected_models_in_one(self):
         both = nn.ModuleList([stack(), stack()])
+        with pytest.raises(RoleError, match="2 injected models"):
+            role(both, "actor")
+
+    def test_a_second_injected_model_that_came_later(self):
+        both = nn.ModuleList([stack(), nn.Sequential(nn.Linear(2, 2))])
+        role(both, "actor")
+        inject(both[1], {"actor": LoRAConfig()}, ["0"])
         with pytest.raises(RoleError, match="2 injected models"):
             role(both, "actor")
 
