@@ -100,12 +100,9 @@ class ArithmeticBuilder(stock.InterpreterBuilder):
 
     def create_dot(self, a: TensorHandle, b: TensorHandle, d: TensorHandle, input_precision, *rest) -> TensorHandle:
         lhs, rhs = a.data, b.data  # [*, M, K], [*, K, N]
-        if is_float(lhs) and lhs.itemsize < 4:
-            lhs, rhs = lhs.astype(np.float32), rhs.astype(np.float32)
-        elif lhs.dtype == np.float32 and input_precision == ir.INPUT_PRECISION.TF32:
+        if lhs.dtype == np.float32 and input_precision == ir.INPUT_PRECISION.TF32:
             lhs, rhs = truncate_tf32(lhs), truncate_tf32(rhs)
-        product = np.matmul(lhs, rhs, dtype=np.promote_types(lhs.dtype, d.data.dtype))
-        return TensorHandle((product + d.data).astype(d.data.dtype), d.dtype.scalar)
+        return TensorHandle(np.matmul(lhs, rhs, dtype=d.data.dtype) + d.data, d.dtype.scalar)
 
     def create_atomic_rmw(self, op, ptr: TensorHandle, val: TensorHandle, *rest) -> TensorHandle:
         if val.data.dtype in NUMPY_DTYPES.values():

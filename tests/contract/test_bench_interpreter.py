@@ -56,7 +56,7 @@ def run_matmul(x: torch.Tensor, w: torch.Tensor, precision: str = "ieee"):
     (m, k), n = x.shape, len(w)
     with sanitizer() as report:
         y = torch.empty(m, n, dtype=x.dtype)
-        matmul_kernel[(triton.cdiv(m, 64), triton.cdiv(n, 32))](x, w, y, m, n, k, 64, 32, 32, precision)
+        matmul_kernel[(triton.cdiv(m, 64), triton.cdiv(n, 32))](x, w, y, m, n, k, 64, 32, 16, precision)
     return y, report
 
 
@@ -68,10 +68,10 @@ def test_matmul(dtype: torch.dtype):
     exact = x.double() @ w.double().T
     ulp = torch.finfo(dtype).eps * exact.abs().max()
     assert (y - exact).abs().max() <= (4 * ulp if dtype == torch.float32 else ulp)
-    row_tiles, column_tiles, k_tiles = 2, 2, 3
+    row_tiles, column_tiles, k_tiles = 2, 2, 5
     assert report.total("bytes_loaded") == (column_tiles * m * k + row_tiles * n * k) * x.element_size()
     assert report.total("bytes_stored") == m * n * x.element_size()
-    assert report.total("dot_flops") == 2 * (64 * row_tiles) * (32 * column_tiles) * (32 * k_tiles)
+    assert report.total("dot_flops") == 2 * (64 * row_tiles) * (32 * column_tiles) * (16 * k_tiles)
 
 
 def test_float32_dot_is_tf32_unless_asked_otherwise():
@@ -80,6 +80,28 @@ def test_float32_dot_is_tf32_unless_asked_otherwise():
     error = {p: float((run_matmul(x, w, p)[0] - exact).abs().max()) for p in ("ieee", "tf32x3", "tf32")}
     assert max(error["ieee"], error["tf32x3"]) < 1e-4
     assert 5e-3 < error["tf32"] < 0.5
+
+
+@triton.jit
+def _dot_kernel(x_ptr, y_ptr, N: tl.constexpr):
+    offsets = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
+    x = tl.load(x_ptr + offsets)
+    tl.store(y_ptr + offsets, tl.dot(x, x, out_dtype=y_ptr.dtype.element_ty))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "out"),
+    [(torch.float64, torch.float64), (torch.int8, torch.int32), (torch.float16, torch.float16)],
+)
+def test_dot_accumulates_as_wide_as_a_gpu(dtype: torch.dtype, out: torch.dtype):
+    x = (torch.randn(32, 32, dtype=torch.float64) * 30).to(dtype)
+    y = torch.empty(32, 32, dtype=out)
+    _dot_kernel[(1,)](x, y, N=32)
+    exact = x.double() @ x.double()
+    if out == torch.float16:
+        torch.testing.assert_close(y, exact.half(), rtol=2**-10, atol=2**-10 * 30)  # one rounding, not one a product
+    else:
+        torch.testing.assert_close(y.double(), exact, rtol=1e-13, atol=1e-10)
 
 
 @triton.jit
@@ -185,6 +207,10 @@ def _wrong_kernel(x_ptr, y_ptr, n, WRONG: tl.constexpr, BLOCK: tl.constexpr):
         x = tl.load(source - 1, mask=inside)
     elif WRONG == "load of the neighbour":
         x = tl.load(y_ptr + (offsets + 1) % n, mask=inside)
+    elif WRONG == "all read what the last writes":
+        x = tl.load(y_ptr + n - 1)
+        inside = offsets >= n - 1
+        inside &= offsets < n
     else:
         x = tl.load(source, mask=inside)
     if WRONG == "no mask on store":
@@ -209,6 +235,7 @@ FAULTS = {
     "no mask on store": ("store out of bounds, first lane 0 bytes past y_ptr: 28 lanes", 28, 0),
     "every program the same rows": ("store races", 0, 64),
     "load of the neighbour": ("races", 0, 2),
+    "all read what the last writes": ("store races", 0, 1),
     "two lanes one address": ("store races", 0, 50),
     "wrong dtype": ("store out of bounds", 50, None),
     "atomic and store": ("atomic races", 0, 1),
@@ -240,6 +267,41 @@ def test_leaving_one_tensor_is_caught_where_another_begins():
     with pytest.raises(SanitizerError, match="store out of bounds, first lane 0 bytes past y_ptr: 28 lanes"):
         _wrong_kernel[(2,)](y, x, 100, WRONG="no mask on store", BLOCK=64)
     assert (memory[200:] == 7).all()
+    with pytest.raises(SanitizerError, match="load out of bounds, first lane 4 bytes before x_ptr: 1 lanes"):
+        _wrong_kernel[(2,)](y, x, 100, WRONG="load before the tensor", BLOCK=64)
+
+
+@triton.jit
+def _overlap_kernel(bytes_ptr, words_ptr, byte, word):
+    if tl.program_id(0) < 2:
+        tl.store(bytes_ptr + byte + tl.program_id(0), 1)
+    else:
+        tl.store(words_ptr + word, 1)
+
+
+@pytest.mark.parametrize(("first_byte", "last_byte", "first_word"), [(0, 16, 0), (0, 16, 1), (4, 8, 0), (0, 8, 0)])
+def test_arguments_that_overlap_share_their_races(first_byte: int, last_byte: int, first_word: int):
+    memory = torch.zeros(4, dtype=torch.int32)
+    arguments = memory.view(torch.int8)[first_byte:last_byte], memory[first_word:]
+    byte, word = 6 - first_byte, 1 - first_word  # bytes 6 and 7 lie in word 1
+    _overlap_kernel[(3,)](*arguments, byte, word + 1)
+    _overlap_kernel[(3,)](*arguments, byte, word + 2)
+    with pytest.raises(SanitizerError, match=r"store races .* in (words_ptr, bytes|bytes_ptr, words)_ptr: 1 lanes"):
+        _overlap_kernel[(3,)](*arguments, byte, word)
+
+
+@triton.jit
+def _tuple_kernel(tensors, n, BLOCK: tl.constexpr):
+    offsets = tl.arange(0, BLOCK)
+    tl.store(tensors[1] + offsets, tl.load(tensors[0] + offsets, mask=offsets < n), mask=offsets < n)
+
+
+def test_tensors_in_tuples_are_arguments_too():
+    x, y = torch.randn(5), torch.empty(5)
+    _tuple_kernel[(1,)]((x, y), 5, BLOCK=8)
+    assert torch.equal(x, y)
+    with pytest.raises(SanitizerError, match=r"store out of bounds, first lane 0 bytes past tensors\[1\]: 1 lanes"):
+        _tuple_kernel[(1,)]((x, y[:4]), 5, BLOCK=8)
 
 
 def test_the_same_kernel_with_nothing_wrong_is_clean():
@@ -249,20 +311,22 @@ def test_the_same_kernel_with_nothing_wrong_is_clean():
 
 
 @triton.jit
-def _row_reduce_kernel(x_ptr, y_ptr, n, MAX: tl.constexpr, BLOCK: tl.constexpr):
+def _row_reduce_kernel(x_ptr, y_ptr, n, OP: tl.constexpr, BLOCK: tl.constexpr):
     offsets = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + offsets, mask=offsets < n)
-    tl.store(y_ptr, tl.max(x, axis=0) if MAX else tl.sum(x, axis=0))
+    if OP == "relu":
+        x = tl.maximum(x, 0.0)
+    tl.store(y_ptr, tl.max(x, axis=0) if OP == "max" else tl.sum(x, axis=0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("maximum", [False, True])
-def test_masked_lanes_without_other_spoil_the_result(maximum: bool, dtype: torch.dtype):
+@pytest.mark.parametrize("op", ["sum", "max", "relu"])
+def test_masked_lanes_without_other_spoil_the_result(op: str, dtype: torch.dtype):
     x, y = torch.ones(100, dtype=dtype), torch.zeros(1)
-    _row_reduce_kernel[(1,)](x, y, 100, MAX=maximum, BLOCK=128)
+    _row_reduce_kernel[(1,)](x, y, 100, OP=op, BLOCK=128)
     assert y.isnan()
-    _row_reduce_kernel[(1,)](x[:64], y, 64, MAX=maximum, BLOCK=64)
-    assert y == (1 if maximum else 64)
+    _row_reduce_kernel[(1,)](x[:64], y, 64, OP=op, BLOCK=64)
+    assert y == (1 if op == "max" else 64)
 
 
 @triton.jit
@@ -358,6 +422,8 @@ def _binary_kernel(x_ptr, y_ptr, z_ptr, OP: tl.constexpr, BLOCK: tl.constexpr):
         z = 0.3 * x
     elif OP == "maximum":
         z = tl.maximum(x, y)
+    elif OP == "minimum":
+        z = tl.minimum(x, y)
     elif OP == "minimum_nan":
         z = tl.minimum(x, y, propagate_nan=tl.PropagateNan.ALL)
     elif OP == "where":
@@ -377,6 +443,7 @@ BINARY = {
     "mul": torch.mul,
     "scale": lambda x, y: x * torch.tensor(0.3, dtype=x.dtype),
     "maximum": torch.fmax,
+    "minimum": torch.fmin,
     "minimum_nan": torch.minimum,
     "where": lambda x, y: torch.where(x < y, x, y),
     "equal": lambda x, y: (x == y).to(torch.int8),
