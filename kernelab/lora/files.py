@@ -14,6 +14,7 @@ import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from types import NoneType
 
 import safetensors
 import safetensors.torch
@@ -24,7 +25,7 @@ from kernelab._core.errors import bad_value
 
 from .config import LoRAConfig
 from .errors import AdapterFileError, BaseMismatchError
-from .inject import adapter_layers, check_name, commit, find_router, layer_problem
+from .inject import adapter_layers, check_name, commit, distributed_wrapper, find_router, layer_problem
 from .layer import LoRALayer, adapter_dtype, features
 from .peft_format import common_config, from_peft, key, pairs_of, targeted, to_peft
 from .roles import Router
@@ -58,12 +59,14 @@ def save_adapter(model: nn.Module, name: str, directory: str | os.PathLike) -> N
     layers = {layer.lora_path: layer for layer in adapter_layers(model, name, "save_adapter")}
     if missing := find_router(model, "save_adapter").paths[name] - layers.keys():
         raise bad_value("save_adapter", "model", "the whole adapted model", f"a part without {min(missing)}")
-    parameters = {
-        key(path, part): values[name]
-        for path, layer in layers.items()
-        for part, values in (("A", layer.lora_a), ("B", layer.lora_b))
-    }
-    tensors = {name: _whole(parameter).contiguous() for name, parameter in parameters.items()}
+    tensors = {}
+    for path, layer in layers.items():
+        shapes = _shapes(layer, layer.lora_configs[name])
+        for part, values, shape in zip("AB", (layer.lora_a, layer.lora_b), shapes, strict=True):
+            tensors[key(path, part)] = tensor = _whole(values[name]).contiguous()
+            if list(tensor.shape) != shape:
+                got = f"{key(path, part)} of shape {list(tensor.shape)} instead of {shape}"
+                raise bad_value("save_adapter", "model", "whole parameters", got, "Gather its shards first.")
     base = {path: fingerprint(layer.weight) for path, layer in layers.items()}
     config = to_peft(
         {path: layer.lora_configs[name] for path, layer in layers.items()},
@@ -72,8 +75,7 @@ def save_adapter(model: nn.Module, name: str, directory: str | os.PathLike) -> N
         transposed=not any(isinstance(layer, nn.Linear) for layer in layers.values()),
     )
     text = json.dumps(config, indent=2) + "\n"
-    sharded = any(map(_is_sharded, parameters.values()))
-    if not sharded or torch.distributed.get_rank() == 0:
+    if not _sharded(model) or torch.distributed.get_rank() == 0:
         metadata = {"format": "pt", _BASE_KEY: json.dumps(base), _CONFIG_KEY: text}
         _write(Path(directory), text.encode(), safetensors.torch.save(tensors, metadata))
 
@@ -144,13 +146,18 @@ def fingerprint(weight: Tensor) -> str:
     return hashlib.sha256(f"{weight.dtype} {list(weight.shape)} ".encode() + values).hexdigest()[:16]
 
 
-def _is_sharded(tensor: Tensor) -> bool:
-    return hasattr(tensor, "full_tensor")
+def _sharded(model: nn.Module) -> bool:
+    return not isinstance(distributed_wrapper(model), (NoneType, nn.parallel.DistributedDataParallel))
 
 
 def _whole(tensor: Tensor) -> Tensor:
     tensor = tensor.detach()
-    return tensor.full_tensor() if _is_sharded(tensor) else tensor
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _shapes(module: nn.Module, config: LoRAConfig) -> tuple[list[int], list[int]]:
+    in_features, out_features = features(module)
+    return [config.r, in_features], [out_features, config.r]
 
 
 def _target_names(model: nn.Module, layers: dict[str, LoRALayer]) -> set[str]:
@@ -256,11 +263,7 @@ def _check_shapes(
             raise AdapterFileError(f"{where}: {problem}.")
         if module.weight.is_meta:
             raise AdapterFileError(f"{where}: {path} is on the meta device. Give the model its weights first.")
-        in_features, out_features = features(module)
-        for part, tensor, shape in (
-            ("A", a, [configs[path].r, in_features]),
-            ("B", b, [out_features, configs[path].r]),
-        ):
+        for part, tensor, shape in zip("AB", (a, b), _shapes(module, configs[path]), strict=True):
             if list(tensor.shape) != shape:
                 raise AdapterFileError(f"{file}: key {key(path, part)}: expected {shape}, got {list(tensor.shape)}.")
 
@@ -279,6 +282,8 @@ def _check_base(file: Path, text: str, modules: dict[str, nn.Module], pairs: Pai
 
 
 def _overwrite(file: Path, model: nn.Module, name: str, configs: dict[str, LoRAConfig], pairs: Pairs) -> None:
+    if _sharded(model):
+        raise AdapterFileError(f"{file}: adapter {name!r} of the model is sharded. Load before sharding.")
     layers = {layer.lora_path: layer for layer in adapter_layers(model, name, "load_adapter")}
     if different := sorted(layers.keys() ^ pairs.keys()):
         raise AdapterFileError(f"{file}: adapter {name!r} of the model and the file differ in layer {different[0]}.")
@@ -286,8 +291,6 @@ def _overwrite(file: Path, model: nn.Module, name: str, configs: dict[str, LoRAC
         has, comes = layer.lora_configs[name], configs[path]
         if has.r != comes.r or not math.isclose(has.scaling, comes.scaling):
             raise AdapterFileError(f"{file}: layer {path}: adapter {name!r} of the model has {has}, the file {comes}.")
-        if _is_sharded(layer.lora_a[name]):
-            raise AdapterFileError(f"{file}: adapter {name!r} of the model is sharded. Load before sharding.")
     with torch.no_grad():
         for path, layer in layers.items():
             for parameter, tensor in zip((layer.lora_a[name], layer.lora_b[name]), pairs[path], strict=True):

@@ -46,7 +46,8 @@ def inject(
         ``model``.
 
     Raises:
-        InjectionError: a target matches nothing, or no layer that can carry an adapter. The model is unchanged.
+        InjectionError: a target matches nothing, or no layer that can carry an adapter; or DDP or FSDP has the model
+            already. The model is unchanged.
         ValueError, TypeError: an argument does not fit; the message names it.
 
     >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
@@ -71,7 +72,12 @@ def inject(
 def commit(
     model: nn.Module, router: Router, adapters: Mapping[str, LoRAConfig], pairs: list[tuple], freeze_base: bool
 ) -> None:
-    """Attaches (path, module, name, config, A, B) that passed every check."""
+    """Attaches (path, module, name, config, A, B) that passed every other check."""
+    if (wrapper := distributed_wrapper(model)) is not None:
+        raise InjectionError(
+            f"the model is in a {type(wrapper).__name__} already, which would not synchronise new parameters. "
+            "Add adapters first, then wrap or shard."
+        )
     if freeze_base and not router.adapters:
         model.requires_grad_(False)
     router.adapters.update(adapters)
@@ -177,6 +183,16 @@ def find_router(model: nn.Module, where: str, missing: type[Router] | None = Non
     return _FOUND.setdefault(model, routers.pop())
 
 
+def distributed_wrapper(model: nn.Module) -> nn.Module | None:
+    """The first module that DDP or FSDP has taken over."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return None
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    kinds = (nn.parallel.DistributedDataParallel, FSDPModule, FullyShardedDataParallel)
+    return next((module for module in model.modules() if isinstance(module, kinds)), None)
+
+
 def layer_problem(model: nn.Module, path: str, module: nn.Module) -> str | None:
     """Why this module cannot carry an adapter, or None."""
     if isinstance(module, LoRALayer):
@@ -209,7 +225,7 @@ def check_name(where: str, argument: str, name: object) -> None:
     """An adapter's name is a key of ``nn.ParameterDict``."""
     if not isinstance(name, str):
         raise bad_type(where, argument, "adapter names that are strings", name)
-    if not name or "." in name or hasattr(nn.ParameterDict, name):
+    if not name or "." in name or hasattr(nn.ParameterDict(), name):
         raise bad_value(where, argument, "names without a dot that nn.ParameterDict does not use itself", name)
 
 

@@ -125,11 +125,15 @@ def from_peft(file: object, peft: object, paths: Iterable[str]) -> dict[str, LoR
         name for name, value in peft.items() if value and name not in _USED | _WITHOUT_EFFECT | _REFUSED.keys()
     ):
         log.warning("%s: ignored, because kernelab does not know them: %s", file, ", ".join(unknown))
+    targets = peft.get("target_modules") or []
+    if not isinstance(targets, str) and not (isinstance(targets, list) and all(isinstance(t, str) for t in targets)):
+        raise AdapterFileError(f"{file}: key target_modules: expected a list of names or a pattern, got {targets!r}.")
     patterns = {name: peft.get(name) or {} for name in ("rank_pattern", "alpha_pattern")}
     for name, pattern in patterns.items():
         if not isinstance(pattern, dict):
             raise AdapterFileError(f"{file}: key {name}: expected an object, got {pattern!r}.")
     try:
+        re.compile(targets if isinstance(targets, str) else "")
         general = LoRAConfig(
             peft.get("r", 8), peft.get("lora_alpha", 8), peft.get("lora_dropout", 0.0), peft.get("use_rslora", False)
         )

@@ -160,6 +160,10 @@ def chunks(router: Router) -> tuple[str | None, ...]:
     roles = current()
     # Inside a backward further checkpoints may follow; the engine restores the stack after each node.
     _bind(roles, push=_current_task() != -1)
+    if roles.assignments and _top(True) is None and _enabled():
+        raise RoleError(
+            "the role was entered in another thread, or is left already. Enter it in the thread that calls."
+        )
     assignment = roles.assignments.get(router)
     if assignment is not None:
         return assignment.chunks

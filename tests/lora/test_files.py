@@ -97,7 +97,7 @@ def test_peft_reads_what_is_saved_here(kind, config, tmp_path):
     [
         {},
         {"use_rslora": True, "lora_dropout": 0.2},
-        {"rank_pattern": {"0.*(q_proj|c_attn)": 2}, "alpha_pattern": {"q_proj": 7, "^transformer.h.1.attn.c_attn": 9}},
+        {"rank_pattern": {"0.*(q_proj|c_attn)": 2}, "alpha_pattern": {"(v_proj|c_attn)": 7, "^.*1.*c_proj|q_proj": 9}},
     ],
 )
 def test_what_peft_saved_is_read_here_and_saved_again(kind, settings, tmp_path):
@@ -153,6 +153,18 @@ def test_targets_are_paths_where_a_name_is_not_enough(tmp_path):
     assert targets == ["model.layers.0.self_attn.q_proj"]
     loaded = load_adapter(language_model("llama"), tmp_path, "actor")
     assert sum(isinstance(module, LoRALayer) for module in loaded.modules()) == 1
+
+
+def test_sharded_parameters_are_gathered(process_group, tmp_path):
+    from torch.distributed.fsdp import fully_shard
+
+    model, want = adapted(), logits(adapted())
+    fully_shard(model)
+    assert torch.equal(logits(model), want)
+    save_adapter(model, "actor", tmp_path / "adapter")
+    assert torch.equal(logits(load_adapter(language_model("llama"), tmp_path / "adapter", "actor").eval()), want)
+    with pytest.raises(AdapterFileError, match="Load before sharding"):
+        load_adapter(model, tmp_path / "adapter", "actor")
 
 
 def test_another_base_is_refused_with_the_layer_that_differs(tmp_path):
@@ -237,6 +249,8 @@ BROKEN = {
     "bad rank": (lambda d: edit_config(d, r="8"), "'r'"),
     "bad pattern": (lambda d: edit_config(d, alpha_pattern=[1]), "alpha_pattern"),
     "bad regex": (lambda d: edit_config(d, rank_pattern={"(": 1}), CONFIG),
+    "bad target": (lambda d: edit_config(d, target_modules="("), CONFIG),
+    "bad targets": (lambda d: edit_config(d, target_modules=[3]), "target_modules: expected a list of names"),
 }
 
 

@@ -148,6 +148,7 @@ def test_targets_that_cannot_carry_adapters(targets, message):
         ({3: LoRAConfig()}, ["up"], TypeError, "strings"),
         ({"a.b": LoRAConfig()}, ["up"], ValueError, "without a dot"),
         ({"keys": LoRAConfig()}, ["up"], ValueError, "nn.ParameterDict"),
+        ({"training": LoRAConfig()}, ["up"], ValueError, "nn.ParameterDict"),
         ({"": LoRAConfig()}, ["up"], ValueError, "adapters"),
         ({"actor": LoRAConfig()}, "up", TypeError, "'target_modules'"),
         ({"actor": LoRAConfig()}, [], ValueError, "'target_modules'"),
@@ -187,9 +188,21 @@ class Scaled(nn.Linear):
         return 3 * super().forward(x)
 
 
-@pytest.mark.parametrize("kind", [Conv1D, Scaled])
+class Packed(nn.Linear):
+    """As a quantised layer: the weight says neither the layer's shape nor a floating dtype."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features)
+        packed = torch.arange(in_features * out_features, dtype=torch.uint8)[:, None]
+        self.weight = nn.Parameter(packed, requires_grad=False)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.view(self.out_features, -1).to(x.dtype), self.bias)
+
+
+@pytest.mark.parametrize("kind", [Conv1D, Scaled, Packed])
 def test_other_linear_layers_keep_their_own_forward(kind):
-    module = (Conv1D(4, WIDTH) if kind is Conv1D else Scaled(WIDTH, 4)).double()
+    module = (Conv1D(4, WIDTH) if kind is Conv1D else kind(WIDTH, 4)).double()
     base = copy.deepcopy(module)
     model = inject(nn.ModuleDict({"proj": module}), CONFIGS, ["proj"])
     assert isinstance(module, kind)
@@ -200,8 +213,8 @@ def test_other_linear_layers_keep_their_own_forward(kind):
     with off(model):
         assert torch.equal(module(x), base(x))
     with role(model, "actor"):
-        want = base(x) + 1.5 * x @ module.lora_a["actor"].T @ module.lora_b["actor"].T
-        torch.testing.assert_close(module(x), want, rtol=1e-12, atol=1e-12)
+        a, b = module.lora_a["actor"].double(), module.lora_b["actor"].double()
+        torch.testing.assert_close(module(x), base(x) + 1.5 * x @ a.T @ b.T, rtol=1e-12, atol=1e-12)
     with streams(model, [None, "actor"]):
         assert torch.equal(module(x)[:6], base(x)[:6])
 
@@ -306,18 +319,13 @@ def test_dropout_is_off_in_evaluation_and_scaled_in_training():
     torch.testing.assert_close(model.eval()["proj"](x) - base, torch.full_like(base, 64 * 0.25))
 
 
-@pytest.fixture
-def process_group(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 @pytest.mark.parametrize("mode", ["plain", "nonreentrant"])
 def test_distributed_data_parallel(process_group, mode):
     model = stack()
     model.mode = mode
     wrapped = nn.parallel.DistributedDataParallel(model)
+    with pytest.raises(InjectionError, match="in a DistributedDataParallel already"):
+        inject(wrapped, {"reward": LoRAConfig()}, TARGETS)
     with streams(wrapped, [None, "actor", "critic"]):
         wrapped(torch.cat([X, X, X])).square().sum().backward()
     named = {name: p for name, p in model.named_parameters() if "lora_" in name}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import gc
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -151,6 +153,25 @@ def test_autograd_grad(mode):
         assert (value is None) == (want is None)
         if want is not None:
             torch.testing.assert_close(value, want, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("place", ["outside", "actor", "critic"])
+@pytest.mark.parametrize("mode", ["plain", "nonreentrant", "nonreentrant/nonreentrant"])
+def test_second_derivatives(mode, place):
+    model = stack()
+    model.mode = mode
+    parameters = [p for name, p in model.named_parameters() if name.endswith("actor")]
+
+    def product(out, context=contextlib.nullcontext):
+        with context():
+            grads = torch.autograd.grad((DY_ACTOR * out.square()).sum(), parameters, create_graph=True)
+            return torch.autograd.grad(sum(grad.square().sum() for grad in grads), parameters)
+
+    want = product(dense(model, "actor", X))
+    with role(model, "actor"):
+        out = model(X)
+    got = product(out, contextlib.nullcontext if place == "outside" else lambda: role(model, place))
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -444,6 +465,13 @@ class TestErrors:
         inject(both[1], {"actor": LoRAConfig()}, ["0"])
         with pytest.raises(RoleError, match="2 injected models"):
             role(both, "actor")
+
+    def test_a_role_that_was_carried_to_another_thread(self):
+        model = stack({"actor": LoRAConfig()})
+        with off(model), ThreadPoolExecutor() as pool:
+            call = pool.submit(contextvars.copy_context().run, model, X)
+        with pytest.raises(RoleError, match="another thread"):
+            call.result()
 
     def test_nothing_inside_streams(self):
         model = stack()
