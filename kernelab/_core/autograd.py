@@ -6,11 +6,14 @@ An opaque backward gives silently wrong second derivatives. Under grad mode (``c
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
+
+_hooks = torch._C._autograd
 
 
 def stored_signature(function: Callable) -> Callable:
@@ -33,8 +36,24 @@ class _FastWithReferenceDerivative(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *cotangents):
-        _, vjp = torch.func.vjp(ctx.reference, *ctx.saved_tensors)
-        return None, None, *vjp(cotangents)
+        saved = ctx.saved_tensors
+        with _no_saved_tensor_hooks():
+            _, vjp = torch.func.vjp(ctx.reference, *saved)
+            return None, None, *vjp(cotangents)
+
+
+@contextlib.contextmanager
+def _no_saved_tensor_hooks() -> Iterator[None]:
+    """``torch.func`` refuses to run under the hooks that the caller of backward may have open."""
+    pairs = []
+    while (pair := _hooks._top_saved_tensors_default_hooks(False)) is not None:
+        pairs.append(pair)
+        _hooks._pop_saved_tensors_default_hooks()
+    try:
+        yield
+    finally:
+        for pair in reversed(pairs):
+            _hooks._push_saved_tensors_default_hooks(*pair)
 
 
 def differentiable(fast: Callable, reference: Callable, *tensors: Tensor) -> tuple[Tensor, ...]:
