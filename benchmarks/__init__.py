@@ -1,0 +1,1 @@
+"""kernelab beside its peers: ``pytest benchmarks --benchmark-only`` and ``python benchmarks/memory/<subject>.py``."""
