@@ -1,0 +1,113 @@
+"""The settings of a run. PPO's carry the names that TRL's ``PPOConfig`` gives them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from kernelab._core.errors import bad_value
+
+_POSITIVE = (
+    *("prompt_length", "response_length", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
+    *("rejected_per_prompt", "sft_batch_size", "sft_learning_rate", "batch_size", "num_mini_batches", "num_ppo_epochs"),
+    *("learning_rate", "critic_learning_rate", "max_grad_norm", "cliprange", "cliprange_value", "temperature"),
+    *("lora_r", "lora_alpha"),
+)
+_NOT_NEGATIVE = (
+    *("sft_steps", "sft_coef", "prompt_coef", "weight_decay", "ppo_steps", "kl_coef", "vf_coef"),
+    *("missing_eos_penalty", "eval_prompts", "cost_steps"),
+)
+_FRACTIONS = ("gamma", "lam")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Hydra-SFT, then PPO on its frozen trunk."""
+
+    seed: int = 0
+
+    data: str | None = None
+    """Columns prompt, chosen, rejected (.jsonl or .parquet); none: the docstrings of the standard library."""
+    held_out: float = 0.15
+    """Share of the modules (of the prompts, with a file) that no training sees."""
+    rejected_per_prompt: int = 4
+    """Pairs made of each standard-library function, each with another function's docstring as the rejected answer."""
+    prompt_length: int = 64
+    """Tokens of a prompt; longer ones are cut: a function at its end, a file's prompt at its start."""
+    response_length: int = 20
+    """Tokens of an answer, end token included."""
+
+    model: str | None = None
+    """A transformers causal LM with its tokenizer, by path; none: a small Llama and a tokenizer trained on the data."""
+    vocab_size: int = 2048
+    hidden_size: int = 128
+    num_hidden_layers: int = 3
+    num_attention_heads: int = 4
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the trunk in PPO, and of autocast in Hydra-SFT, whose weights stay float32."""
+
+    sft_steps: int = 280
+    sft_batch_size: int = 32
+    sft_learning_rate: float = 2e-3
+    sft_coef: float = 1.0
+    """Weight of the cross-entropy of the chosen answer in Hydra-SFT's loss; the pair loss has weight 1."""
+    prompt_coef: float = 0.3
+    """Weight of the cross-entropy of the prompt, which the paper does not have: an untrained trunk learns to read."""
+    weight_decay: float = 0.1
+
+    method: Literal["hydra", "lora"] = "hydra"
+    """PPO on one trunk with two adapters, or LoRA-PPO on four trunks."""
+    lora_r: int = 8
+    lora_alpha: float = 16
+    target_modules: tuple[str, ...] = ()
+    """Layers that get adapters, by the end of their names; none: every linear layer of the trunk."""
+    ppo_steps: int = 50
+    batch_size: int = 48
+    """Prompts answered in each PPO step."""
+    num_mini_batches: int = 1
+    num_ppo_epochs: int = 2
+    learning_rate: float = 2e-3
+    """Of the actor's adapter."""
+    critic_learning_rate: float = 2e-3
+    """Of the critic's adapter and the value head."""
+    max_grad_norm: float = 1.0
+    """Of each adapter's gradient, and of the whole model's in Hydra-SFT."""
+    kl_coef: float = 0.05
+    cliprange: float = 0.2
+    cliprange_value: float = 0.2
+    vf_coef: float = 0.1
+    gamma: float = 1.0
+    lam: float = 0.95
+    whiten_rewards: bool = False
+    temperature: float = 1.0
+    missing_eos_penalty: float = 0.0
+    """Taken from the reward of an answer that does not end within response_length."""
+
+    eval_prompts: int = 0
+    """Held-out prompts that are answered before and after PPO; 0: all."""
+    cost_steps: int = 5
+    """Steps in which LoRA-PPO and Hydra-PPO are timed side by side, and their peak memory counted; 0: not at all."""
+
+    def __post_init__(self) -> None:
+        for names, holds, expected in (
+            (_POSITIVE, lambda value: value > 0, "more than 0"),
+            (_NOT_NEGATIVE, lambda value: value >= 0, "0 or more"),
+            (_FRACTIONS, lambda value: 0 <= value <= 1, "a number from 0 to 1"),
+            (("held_out",), lambda value: 0 < value < 1, "a share between 0 and 1"),
+        ):
+            for name in names:
+                if not holds(getattr(self, name)):
+                    raise bad_value("hydra-rlhf", name, expected, getattr(self, name))
+        if self.response_length < 2 or self.prompt_length < 2:
+            raise bad_value(
+                "hydra-rlhf", "response_length", "at least 2 tokens", min(self.response_length, self.prompt_length)
+            )
+        if self.batch_size % self.num_mini_batches:
+            raise bad_value(
+                "hydra-rlhf", "num_mini_batches", f"a divisor of batch_size={self.batch_size}", self.num_mini_batches
+            )
+        if self.hidden_size % (2 * self.num_attention_heads):
+            raise bad_value("hydra-rlhf", "hidden_size", "an even number for each attention head", self.hidden_size)
+
+
+PRESETS = {"demo": Config()}

@@ -1,0 +1,39 @@
+"""The figures of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from kernelab.experiment.figures import curves, figure
+from kernelab.papers.hydra_rlhf.cost import Cost
+
+
+def reinforced(records: Sequence[Mapping[str, Any]]) -> Figure:
+    """Reward, KL to the reference, gold score and entropy of the answers of each PPO step."""
+    return curves(records, ["reward", "kl", "gold", "entropy"], title="PPO on training prompts")
+
+
+def supervised(records: Sequence[Mapping[str, Any]]) -> Figure:
+    """Hydra-SFT's losses and the share of pairs ranked right."""
+    return curves(records, ["pair", "answer", "accuracy"], title="Hydra-SFT")
+
+
+def costs(found: Sequence[Cost]) -> Figure:
+    """Peak memory and seconds a sample of each method, by part of the step."""
+    made, (memory, time) = figure(1, 2, width=8.0, height=3.2)
+    names = [cost.method for cost in found]
+    memory.bar(names, [cost.peak / 1e6 for cost in found], label="peak")
+    memory.bar(names, [cost.states / 1e6 for cost in found], label="weights and optimizer state")
+    memory.set_ylabel("MB")
+    bottom = [0.0] * len(found)
+    for part in found[0].seconds:
+        parts = [cost.seconds[part] * 1e3 for cost in found]
+        time.bar(names, parts, bottom=bottom, label=part)
+        bottom = [low + part for low, part in zip(bottom, parts, strict=True)]
+    time.set_ylabel("milliseconds a sample")
+    for axis in (memory, time):
+        axis.legend()
+    return made

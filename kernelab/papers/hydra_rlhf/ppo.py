@@ -1,0 +1,71 @@
+"""The mathematics of PPO on answers: rows are answers, columns their tokens, and a mask tells which are real."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean of ``x`` where ``mask`` is true."""
+    return (x * mask).sum() / mask.sum()
+
+
+def token_logprobs(hidden: Tensor, head: nn.Module, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of ``tokens`` [B, R] and entropies, from the states before them [B, R, d]."""
+    logits = head(hidden)  # [B, R, V]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    log_normaliser = logits.logsumexp(-1)
+    logprob = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - log_normaliser
+    with torch.no_grad():
+        entropy = log_normaliser - ((logits - log_normaliser.unsqueeze(-1)).exp() * logits).sum(-1)
+    return logprob, entropy
+
+
+def token_rewards(reward: Tensor, logprob: Tensor, reference: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
+    """``-kl_coef * (logprob - reference)`` at every token, plus ``reward`` [B] at the last one; [B, R]."""
+    penalties = -kl_coef * (logprob - reference) * mask
+    last = mask.sum(1, keepdim=True) - 1
+    return penalties.scatter_add(1, last, reward.unsqueeze(1).to(penalties.dtype))
+
+
+def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
+    """``x`` with variance 1 over ``mask`` and mean 0 (its own mean without ``shift_mean``); 0 spread stays 0 spread."""
+    mean = masked_mean(x, mask)
+    centred = (x - mean) * mask
+    white = centred * (masked_mean(centred.square(), mask) + 1e-8).rsqrt()
+    return white if shift_mean else (white + mean) * mask
+
+
+def advantages(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimates (Schulman et al., arXiv 1506.02438) and returns, both [B, R] and 0 off the mask.
+
+    ``delta_t = r_t + gamma V_{t+1} - V_t``, ``A_t = delta_t + gamma lam A_{t+1}``, ``return_t = A_t + V_t``; an answer
+    ends with V = 0.
+    """
+    values = values * mask
+    following = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
+    deltas = (rewards + gamma * following - values) * mask
+    running = torch.zeros_like(deltas[:, 0])
+    columns = []
+    for delta in deltas.flip(1).unbind(1):
+        running = delta + gamma * lam * running
+        columns.append(running)
+    advantage = torch.stack(columns[::-1], dim=1) * mask
+    return advantage, advantage + values
+
+
+def policy_loss(
+    logprob: Tensor, old: Tensor, advantage: Tensor, mask: Tensor, cliprange: float
+) -> tuple[Tensor, Tensor]:
+    """PPO's clipped surrogate ``max(-A ratio, -A clip(ratio))``, and the share of tokens where the clip holds."""
+    ratio = (logprob - old).exp()
+    plain = -advantage * ratio
+    clipped = -advantage * ratio.clamp(1 - cliprange, 1 + cliprange)
+    return masked_mean(torch.max(plain, clipped), mask), masked_mean((clipped > plain).float(), mask)
+
+
+def value_loss(value: Tensor, old: Tensor, returns: Tensor, mask: Tensor, cliprange: float) -> Tensor:
+    """``max((V - return)^2, (clip(V) - return)^2) / 2``, V kept within ``cliprange`` of its old value."""
+    clipped = torch.min(torch.max(value, old - cliprange), old + cliprange)
+    return 0.5 * masked_mean(torch.max((value - returns).square(), (clipped - returns).square()), mask)

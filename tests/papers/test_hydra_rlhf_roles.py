@@ -1,0 +1,201 @@
+"""Four models on one trunk are four models: in what they score, and in what their gradients reach."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from kernelab._core.errors import KernelabError
+from kernelab.lora import LoRAConfig
+from kernelab.papers.hydra_rlhf.model import digest, linear_layers, new_reward_head
+from kernelab.papers.hydra_rlhf.roles import HydraRoles, LoRARoles, Trained
+from kernelab.papers.hydra_rlhf.sft import sft_loss
+from kernelab.papers.hydra_rlhf.tokens import join
+
+B, P, R, V, D = 3, 5, 4, 32, 16
+TEMPERATURE = 0.8
+
+
+def llama():
+    sizes = {"hidden_size": D, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=V, max_position_embeddings=P + R, **sizes))
+
+
+def gpt2():
+    return GPT2LMHeadModel(GPT2Config(vocab_size=V, n_embd=D, n_layer=2, n_head=2, n_positions=P + R))
+
+
+@pytest.fixture(params=[llama, gpt2])
+def trunk(request):
+    torch.manual_seed(0)
+    return request.param().double().eval()
+
+
+@pytest.fixture
+def head(trunk):
+    return new_reward_head(trunk).double()
+
+
+@pytest.fixture
+def sequences():
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(V, (B, P + R), generator=generator)
+    prompts, answers = torch.tensor([5, 2, 3]), torch.tensor([4, 1, 3])
+    prompt_mask = torch.arange(P) >= P - prompts[:, None]
+    return join((tokens[:, :P], prompt_mask), (tokens[:, P:], torch.arange(R) < answers[:, None]))
+
+
+def make(kind, trunk, head):
+    """Roles whose adapters and value head are no longer at their start."""
+    torch.manual_seed(2)
+    roles = kind(copy.deepcopy(trunk), copy.deepcopy(head), LoRAConfig(r=2, alpha=4), linear_layers(trunk), TEMPERATURE)
+    values = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in [*roles.actor_parameters(), *roles.critic_parameters()]:
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=values, dtype=torch.float64))
+    return roles
+
+
+def dense(trunk, parameters):
+    """A copy of the trunk with an adapter's ``A, B, A, B, ...`` added to its weights."""
+    merged = copy.deepcopy(trunk)
+    with torch.no_grad():
+        for name, a, b in zip(linear_layers(merged), parameters[::2], parameters[1::2], strict=True):
+            layer = merged.get_submodule(name)
+            update = 2 * b @ a
+            layer.weight += update if isinstance(layer, torch.nn.Linear) else update.T
+    return merged
+
+
+def each_row(lm, sequences):
+    """Hidden states of each row alone, without its padding: prompt length, answer tokens, states."""
+    for tokens, mask in zip(sequences.tokens, sequences.mask, strict=True):
+        kept = tokens[mask]
+        hidden = lm.base_model(input_ids=kept[None], use_cache=False).last_hidden_state[0]
+        yield int(mask[:P].sum()), kept, hidden
+
+
+def expected_logprobs(lm, sequences):
+    for begin, kept, hidden in each_row(lm, sequences):
+        logits = lm.get_output_embeddings()(hidden[begin - 1 : -1]) / TEMPERATURE
+        yield F.log_softmax(logits, -1).gather(-1, kept[begin:, None])[:, 0]
+
+
+def check_rows(found, expected, mask):
+    for row, real, want in zip(found, mask, expected, strict=True):
+        torch.testing.assert_close(row[real], want, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", [HydraRoles, LoRARoles])
+def test_scoring_equals_four_dense_models(trunk, head, sequences, kind):
+    roles = make(kind, trunk, head)
+    actor, critic = dense(trunk, roles.actor_parameters()), dense(trunk, roles.critic_parameters()[:-2])
+    with torch.no_grad():
+        scores = roles.score(sequences)
+        rewards = torch.stack([head(hidden[-1])[0] for _, _, hidden in each_row(trunk, sequences)])
+        values = [roles.value_head(hidden[begin - 1 : -1])[:, 0] for begin, _, hidden in each_row(critic, sequences)]
+        check_rows(scores.reference, expected_logprobs(trunk, sequences), sequences.answer_mask)
+        check_rows(scores.logprob, expected_logprobs(actor, sequences), sequences.answer_mask)
+        check_rows(scores.value, values, sequences.answer_mask)
+    torch.testing.assert_close(scores.reward, rewards, rtol=0, atol=1e-10)
+    torch.testing.assert_close(roles.reward(sequences), rewards, rtol=0, atol=1e-10)
+    assert not any(tensor.requires_grad for tensor in vars(scores).values())
+
+
+def test_the_critic_begins_as_the_reward_model(trunk, head, sequences):
+    plain = copy.deepcopy(trunk)
+    roles = HydraRoles(trunk, head, LoRAConfig(r=2), linear_layers(trunk), TEMPERATURE)
+    values = [head(hidden[begin - 1 : -1])[:, 0] for begin, _, hidden in each_row(plain, sequences)]
+    check_rows(roles.score(sequences).value, values, sequences.answer_mask)
+    assert roles.value_head.weight is not roles.reward_head.weight
+
+
+@pytest.mark.parametrize("kind", [HydraRoles, LoRARoles])
+def test_the_joint_gradient_is_that_of_two_models(trunk, head, sequences, kind):
+    roles = make(kind, trunk, head)
+    mask = sequences.answer_mask
+    cotangents = torch.randn(2, B, R, generator=torch.Generator().manual_seed(4), dtype=torch.float64) * mask
+    parameters = [*roles.actor_parameters(), *roles.critic_parameters()]
+    outputs = roles(sequences)
+    (cotangents[0] * outputs.logprob + cotangents[1] * outputs.value).sum().backward()
+    isolated = make(LoRARoles, trunk, head)
+    for logprob, row in zip(expected_logprobs(isolated.actor, sequences), range(B), strict=True):
+        (cotangents[0, row][mask[row]] * logprob).sum().backward()
+    for (begin, _, hidden), row in zip(each_row(isolated.critic, sequences), range(B), strict=True):
+        (cotangents[1, row][mask[row]] * isolated.value_head(hidden[begin - 1 : -1])[:, 0]).sum().backward()
+    for mine, other in zip(parameters, [*isolated.actor_parameters(), *isolated.critic_parameters()], strict=True):
+        assert other.grad.abs().max() > 1e-6
+        torch.testing.assert_close(mine.grad, other.grad, rtol=0, atol=1e-10)
+    assert all(p.grad is None for p in roles.parameters() if not p.requires_grad)
+
+
+def test_a_role_gets_nothing_from_the_other_loss(trunk, head, sequences):
+    roles = make(HydraRoles, trunk, head)
+    roles(sequences).logprob.sum().backward()
+    assert all(p.grad is None or not p.grad.any() for p in roles.critic_parameters())
+    assert any(p.grad.any() for p in roles.actor_parameters())
+    roles.zero_grad()
+    roles(sequences).value.sum().backward()
+    assert all(p.grad is None or not p.grad.any() for p in roles.actor_parameters())
+    assert any(p.grad.any() for p in roles.critic_parameters())
+
+
+def test_the_entropy_carries_no_gradient(trunk, head, sequences):
+    assert not make(HydraRoles, trunk, head)(sequences).entropy.requires_grad
+
+
+def test_hydra_holds_one_trunk_and_lora_four(trunk, head):
+    size = sum(p.numel() for p in trunk.parameters())
+    hydra, lora = (sum(p.numel() for p in make(kind, trunk, head).parameters()) for kind in (HydraRoles, LoRARoles))
+    assert lora - hydra == 3 * size
+
+
+def test_checkpoint_of_what_trains(trunk, head, sequences):
+    roles, other = (
+        make(HydraRoles, trunk, head),
+        HydraRoles(trunk, head, LoRAConfig(2, 4), linear_layers(trunk), TEMPERATURE),
+    )
+    state = Trained(roles).state_dict()
+    assert {name for name in state["trained"] if "lora" not in name} == {"value_head.weight", "value_head.bias"}
+    Trained(other).load_state_dict(state)
+    with torch.no_grad():
+        for mine, wanted in zip(
+            vars(other.score(sequences)).values(), vars(roles.score(sequences)).values(), strict=True
+        ):
+            assert torch.equal(mine, wanted)
+        next(other.reward_head.parameters()).add_(1e-12)
+    with pytest.raises(KernelabError, match="sha256"):
+        Trained(other).load_state_dict(state)
+
+
+def test_the_digest_sees_every_byte_and_name():
+    tensors = {"a": torch.arange(6.0), "b": torch.ones(2, dtype=torch.bfloat16)}
+    first = digest(tensors)
+    assert digest(dict(reversed(tensors.items()))) == first
+    assert digest({"a": torch.arange(6.0).view(2, 3), "b": tensors["b"]}) != first
+    assert digest({"c": tensors["a"], "b": tensors["b"]}) != first
+    assert digest({"a": torch.nextafter(tensors["a"], torch.tensor(9.0)), "b": tensors["b"]}) != first
+
+
+@pytest.mark.parametrize("prompts", [False, True])
+def test_hydra_sft_loss_row_by_row(trunk, head, sequences, prompts):
+    rejected = join(
+        (sequences.tokens[:, :P], sequences.mask[:, :P]),
+        (sequences.answers.flip(0), sequences.answer_mask.flip(0)),
+    )
+    loss = sft_loss(trunk, head, sequences, rejected, prompts=prompts)
+    answers, texts, rewards = [], [], []
+    for begin, kept, hidden in each_row(trunk, sequences):
+        nll = F.cross_entropy(trunk.get_output_embeddings()(hidden[:-1]), kept[1:], reduction="none")
+        texts.append(nll[: begin - 1])
+        answers.append(nll[begin - 1 :])
+        rewards.append(head(hidden[-1])[0])
+    worse = [head(hidden[-1])[0] for _, _, hidden in each_row(trunk, rejected)]
+    margins = torch.stack(rewards) - torch.stack(worse)
+    torch.testing.assert_close(loss.pair, -F.logsigmoid(margins).mean())
+    torch.testing.assert_close(loss.answer.double(), torch.cat(answers).mean(), rtol=0, atol=1e-6)
+    expected = torch.cat(texts).mean() if prompts else torch.zeros(()).double()
+    torch.testing.assert_close(loss.prompt.double(), expected, rtol=0, atol=1e-6)
+    assert loss.accuracy == (margins > 0).float().mean()

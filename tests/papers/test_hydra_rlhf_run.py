@@ -1,0 +1,208 @@
+"""Whole runs at a tiny size: what they write, what they refuse, and that a kill costs nothing."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+from kernelab.experiment.cli import main
+from kernelab.papers.hydra_rlhf import train as train_module
+from kernelab.papers.hydra_rlhf.config import Config
+from kernelab.papers.hydra_rlhf.model import load_hydra
+from kernelab.papers.hydra_rlhf.sft import SFTLoss
+from kernelab.papers.hydra_rlhf.tokens import train_tokenizer
+
+SIZES = "--prompt-length 12 --response-length 5 --vocab-size 600 --hidden-size 16 --num-hidden-layers 1 --lora-r 2"
+LENGTHS = (
+    "--held-out 0.3 --sft-steps 8 --sft-batch-size 4 --ppo-steps 6 --batch-size 6 --num-mini-batches 2 --cost-steps 1"
+)
+WORDS = ["path", "file", "name", "list", "node", "value", "text", "line", "size", "time"]
+
+
+@pytest.fixture(autouse=True)
+def _torch_as_it_was():
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def write_rows(path: Path) -> Path:
+    rows = []
+    for i, word in enumerate(WORDS * 4):
+        other = WORDS[(i + 3) % 10]
+        chosen, rejected = f"get the {word}", f"set a {other} to {i}"
+        rows.append({"prompt": f"def get_{word}(self): return self.{word}{i}", "chosen": chosen, "rejected": rejected})
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def arguments(folder: Path, data: Path | None, *more: str) -> list[str]:
+    given = ["--data", str(data)] if data else []
+    return ["run", "hydra-rlhf", "--out", str(folder), *SIZES.split(), *LENGTHS.split(), *given, *more]
+
+
+def records(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    assert main(arguments(folder, data)) == 0
+    return folder
+
+
+def test_a_run_leaves_everything_it_promises(finished):
+    result = json.loads((finished / "results.json").read_text())
+    claims = {claim["name"]: claim for claim in result["claims"]}
+    assert len(claims) == 6
+    assert claims["PPO leaves the trunk's sha256"]["passed"]
+    assert claims["the policy ratio is 1 before the first update"]["obtained"] < 1e-5
+    lora, hydra = result["summary"]["costs"]
+    assert hydra["states"] < lora["states"]
+    assert set(hydra["seconds"]) == set(hydra["peaks"]) == {"answer", "score", "update"}
+    assert {path.name for path in (finished / "figures").iterdir()} == {"sft.png", "ppo.png", "cost.png"}
+    lines = records(finished)
+    assert [line["step"] for line in lines if line["phase"] == "sft"] == list(range(8))
+    ppo = [line for line in lines if line["phase"] == "ppo"]
+    assert [line["step"] for line in ppo] == list(range(6))
+    assert {"reward", "kl", "gold", "entropy", "policy_loss", "value_loss", "clipped"} <= set(ppo[0])
+    assert abs(ppo[0]["kl"]) < 1e-5
+    assert any(abs(line["kl"]) > 1e-5 for line in ppo)
+
+
+def test_the_model_and_its_adapters_load_elsewhere(finished):
+    lm = AutoModelForCausalLM.from_pretrained(finished / "model")
+    tokenizer = AutoTokenizer.from_pretrained(finished / "model")
+    tokens = torch.tensor([tokenizer("def get_path(self):")["input_ids"]])
+    plain = lm(input_ids=tokens).logits
+    adapted = peft.PeftModel.from_pretrained(lm, finished / "adapters" / "actor").eval()
+    assert not torch.equal(adapted(input_ids=tokens).logits, plain)
+    with adapted.disable_adapter():
+        assert torch.equal(adapted(input_ids=tokens).logits, plain)
+
+
+def test_ppo_goes_on_from_a_saved_model_without_sft(finished, tmp_path, data):
+    flags = ["--model", str(finished / "model"), "--sft-steps", "0", "--ppo-steps", "1", "--cost-steps", "0"]
+    assert main(arguments(tmp_path / "run", data, *flags)) == 0
+    summaries = [
+        json.loads((folder / "results.json").read_text())["summary"] for folder in (finished, tmp_path / "run")
+    ]
+    assert summaries[0]["ranking_accuracy"] == summaries[1]["ranking_accuracy"]
+    assert summaries[0]["reward"]["before"] == pytest.approx(summaries[1]["reward"]["before"])
+
+
+@pytest.mark.parametrize(("phase", "step"), [("sft", 4), ("ppo", 3)])
+def test_a_killed_run_resumes_to_the_same_numbers(finished, tmp_path, data, phase, step):
+    folder = tmp_path / "run"
+    program = [sys.executable, "-m", "kernelab", *arguments(folder, data)]
+    with subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT) as process:
+        until = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < until:
+            lines = (folder / "metrics.jsonl").read_bytes() if (folder / "metrics.jsonl").exists() else b""
+            if f'"phase": "{phase}", "step": {step}'.encode() in lines:
+                break
+            time.sleep(0.002)
+        os.kill(process.pid, signal.SIGKILL)
+    assert not (folder / "results.json").exists()
+    assert main(["run", "hydra-rlhf", "--out", str(folder), "--resume"]) == 0
+    assert records(folder) == records(finished)
+    results = [json.loads((place / "results.json").read_text()) for place in (folder, finished)]
+    for name in ("ranking_accuracy", "reward", "gold"):
+        assert results[0]["summary"][name] == results[1]["summary"][name]
+    digests = [claim["obtained"] for result in results for claim in result["claims"] if "sha256" in claim["name"]]
+    assert digests[0] == digests[1]
+    for part in ("actor", "critic"):
+        adapters = [place / "adapters" / part / "adapter_model.safetensors" for place in (folder, finished)]
+        weights = [load_file(path) for path in adapters]
+        assert weights[0].keys() == weights[1].keys()
+        assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_lora_ppo_learns_the_same(finished, tmp_path, data):
+    assert main(arguments(tmp_path / "run", data, "--method", "lora", "--cost-steps", "0")) == 0
+    mine, other = (
+        [line for line in records(folder) if line["phase"] == "ppo"] for folder in (tmp_path / "run", finished)
+    )
+    assert mine[0]["reward"] == pytest.approx(other[0]["reward"], abs=1e-5)
+
+
+def test_a_causal_lm_by_path_without_a_padding_token(tmp_path, data):
+    tokenizer = train_tokenizer(["def get_path(self): return the path"], 600)
+    tokenizer.pad_token = None
+    torch.manual_seed(0)
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 17}
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    flags = ["--model", str(tmp_path / "gpt2"), "--cost-steps", "0", "--sft-steps", "2", "--ppo-steps", "2"]
+    assert main(arguments(tmp_path / "run", data, *flags)) == 0
+    lm, _, head = load_hydra(str(tmp_path / "run" / "model"), 17)
+    assert type(lm).__name__ == "GPT2LMHeadModel"
+    assert head.weight.shape == (1, 16)
+    with pytest.raises(ValueError, match="17 tokens"):
+        load_hydra(str(tmp_path / "run" / "model"), 18)
+
+
+def test_bfloat16_runs(tmp_path, data):
+    flags = ["--dtype", "bfloat16", "--cost-steps", "0", "--sft-steps", "2", "--ppo-steps", "2"]
+    assert main(arguments(tmp_path / "run", data, *flags)) == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--model", "no/such/folder"], "no/such/folder"),
+        (["--sft-steps", "0"], "no reward head"),
+        (["--lam", "1.5"], "lam"),
+        (["--learning-rate", "0"], "learning_rate"),
+        (["--num-mini-batches", "4"], "divisor of batch_size=6"),
+        (["--target-modules", "q_prj"], "q_prj"),
+    ],
+)
+def test_what_cannot_run_is_refused(tmp_path, data, capsys, flags, message):
+    assert main(arguments(tmp_path / "run", data, *flags)) != 0
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run" / "results.json").exists()
+
+
+@pytest.mark.parametrize(("phase", "name"), [("sft", "pair"), ("ppo", "value_loss")])
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, data, capsys, monkeypatch, phase, name):
+    nan = torch.tensor(math.nan, requires_grad=True)
+    if phase == "sft":
+        broken = SFTLoss(pair=nan * 1, answer=nan.detach(), prompt=nan.detach(), accuracy=nan.detach())
+        monkeypatch.setattr(train_module, "sft_loss", lambda *args, **kwargs: broken)
+    else:
+        monkeypatch.setattr("kernelab.papers.hydra_rlhf.optimise.value_loss", lambda value, *args: (value * nan).sum())
+    assert main(arguments(tmp_path / "run", data, "--cost-steps", "0")) != 0
+    error = capsys.readouterr().err
+    assert f"{name} = nan" in error
+    assert "step 0" in error
+    last = records(tmp_path / "run")[-1]
+    assert (last["phase"], last["step"], last[name]) == (phase, 0, "nan")
+
+
+def test_the_config_names_what_is_wrong():
+    for field, value in [
+        ("temperature", 0),
+        ("kl_coef", -0.1),
+        ("held_out", 1.0),
+        ("hidden_size", 130),
+        ("response_length", 1),
+    ]:
+        with pytest.raises(ValueError, match=field):
+            Config(**{field: value})
