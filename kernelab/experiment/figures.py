@@ -58,5 +58,5 @@ def curves(records: Iterable[Mapping[str, Any]], names: Iterable[str], *, x: str
 def save(made: Figure, path: Path) -> None:
     """Writes the figure as PNG, atomically; equal figures give equal bytes."""
     buffer = io.BytesIO()
-    made.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
+    made.savefig(buffer, format="png", dpi=150)
     write_atomic(path, buffer.getvalue())

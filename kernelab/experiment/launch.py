@@ -37,7 +37,6 @@ def launch(paper: Paper, arguments: list[str], console: Console) -> None:
         saved = read_config(folder)
         if saved and early.preset is None:  # a run goes on with its own flags unless told otherwise
             early.preset = saved["preset"]
-            others = [*saved["arguments"], *others]
             arguments = ["--preset", early.preset, *saved["arguments"], *arguments]
     preset, config = _parse(paper, early.preset, arguments)
     record = {

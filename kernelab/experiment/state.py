@@ -98,8 +98,7 @@ class _Encoder:
         if tensor.numel() and view in self._names:
             return self._names[view]
         dense = tensor.cpu().resolve_conj().resolve_neg().contiguous()
-        storage = dense.untyped_storage()
-        if storage.nbytes() != dense.nbytes or storage.data_ptr() in self._storages:
+        if dense.untyped_storage().data_ptr() in self._storages:
             dense = dense.clone()  # safetensors refuses tensors that share memory
         self._storages.add(dense.untyped_storage().data_ptr())
         self._names[view] = self._add(dense, path)

@@ -6,6 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from kernelab._core.errors import KernelabError
+from kernelab.experiment.device import accelerator
 from tests.experiment import sharded, toy
 
 ROOT = Path(__file__).parents[2]
@@ -41,6 +45,12 @@ def test_a_refusal_is_said_once_and_ends_every_process(tmp_path):
     done = launch(toy.__file__, "run", "toy-paper", "--out", str(tmp_path))
     assert done.returncode != 0
     assert done.stderr.count("holds no run") == 1
+
+
+def test_without_accelerate_the_error_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(KernelabError, match=r"pip install 'kernelab\[rlhf\]'"):
+        accelerator()
 
 
 def test_sharded_state_is_saved_whole_and_resumed(tmp_path):

@@ -215,6 +215,20 @@ def test_ctrl_c_at_any_moment_of_a_step_ends_with_a_checkpoint(bare, moment, sav
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_ctrl_c_ends_a_loop_that_saves_nothing(bare):
+    done = []
+
+    def loop():
+        for step in bare.steps(0, 10):
+            signal.raise_signal(signal.SIGINT)
+            done.append(step)
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    with pytest.raises(KeyboardInterrupt):
+        loop()
+    assert done == [0, 1]
+
+
 def test_a_second_ctrl_c_stops_at_once(bare):
     def loop():
         for step in bare.steps(0, 10):
