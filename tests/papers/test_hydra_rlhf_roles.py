@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from kernelab._core.errors import KernelabError
 from kernelab.lora import LoRAConfig
-from kernelab.papers.hydra_rlhf.model import digest, linear_layers, new_reward_head
+from kernelab.papers.hydra_rlhf.model import digest, linear_layers, new_reward_head, pair_states
 from kernelab.papers.hydra_rlhf.roles import HydraRoles, LoRARoles, Trained
 from kernelab.papers.hydra_rlhf.sft import sft_loss
 from kernelab.papers.hydra_rlhf.tokens import join
@@ -83,9 +83,9 @@ def expected_logprobs(lm, sequences):
         yield F.log_softmax(logits, -1).gather(-1, kept[begin:, None])[:, 0]
 
 
-def check_rows(found, expected, mask):
+def check_rows(found, expected, mask, atol=1e-10):
     for row, real, want in zip(found, mask, expected, strict=True):
-        torch.testing.assert_close(row[real], want, rtol=0, atol=1e-10)
+        torch.testing.assert_close(row[real], want, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("kind", [HydraRoles, LoRARoles])
@@ -195,7 +195,19 @@ def test_hydra_sft_loss_row_by_row(trunk, head, sequences, prompts):
     worse = [head(hidden[-1])[0] for _, _, hidden in each_row(trunk, rejected)]
     margins = torch.stack(rewards) - torch.stack(worse)
     torch.testing.assert_close(loss.pair, -F.logsigmoid(margins).mean())
-    torch.testing.assert_close(loss.answer.double(), torch.cat(answers).mean(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(loss.answer, torch.cat(answers).mean(), rtol=0, atol=1e-10)
     expected = torch.cat(texts).mean() if prompts else torch.zeros(()).double()
-    torch.testing.assert_close(loss.prompt.double(), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(loss.prompt, expected, rtol=0, atol=1e-10)
     assert loss.accuracy == (margins > 0).float().mean()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_two_answers_that_share_a_prompt_do_not_see_each_other(trunk, sequences, attention):
+    trunk.float().set_attn_implementation(attention)  # transformers' eager attention overflows in float64
+    rejected = join(
+        (sequences.tokens[:, :P], sequences.mask[:, :P]),
+        (sequences.answers.roll(1, 0), sequences.answer_mask.roll(1, 0)),
+    )
+    with torch.no_grad():
+        for found, side in zip(pair_states(trunk, sequences, rejected), (sequences, rejected), strict=True):
+            check_rows(found, (hidden for _, _, hidden in each_row(trunk, side)), side.mask, atol=1e-5)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kernelab.papers.hydra_rlhf.model import hidden_states, rewards
+from kernelab.papers.hydra_rlhf.model import pair_states, rewards
 from kernelab.papers.hydra_rlhf.roles import Roles
 from kernelab.papers.hydra_rlhf.rollout import sample_answers
 from kernelab.papers.hydra_rlhf.task import Questions
@@ -34,8 +34,9 @@ def ranking(lm: PreTrainedModel, head: nn.Linear, chosen: Sequences, rejected: S
     """Whether the reward of each chosen answer is above that of the rejected one, [N] of 0 and 1."""
     margins = []
     for rows in torch.arange(len(chosen), device=chosen.tokens.device).split(128):
-        both = [rewards(head, hidden_states(lm, side), side) for side in (chosen[rows], rejected[rows])]
-        margins.append(both[0] - both[1])
+        sides = chosen[rows], rejected[rows]
+        better, worse = (rewards(head, *pair) for pair in zip(pair_states(lm, *sides), sides, strict=True))
+        margins.append(better - worse)
     return (torch.cat(margins) > 0).float()
 
 

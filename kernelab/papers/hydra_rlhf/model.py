@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kernelab._core.errors import bad_value
-from kernelab.papers.hydra_rlhf.tokens import Sequences
+from kernelab.papers.hydra_rlhf.tokens import Sequences, stack
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -108,11 +108,36 @@ def linear_layers(lm: PreTrainedModel) -> list[str]:
 
 def hidden_states(lm: PreTrainedModel, sequences: Sequences) -> Tensor:
     """The trunk's last hidden states, [B, P + R, d]."""
-    trunk = lm.base_model
-    takes_positions = "position_ids" in inspect.signature(trunk.forward).parameters
-    positions = {"position_ids": sequences.positions} if takes_positions else {}
-    output = trunk(input_ids=sequences.tokens, attention_mask=sequences.mask.long(), use_cache=False, **positions)
-    return output.last_hidden_state
+    return _run_trunk(lm, sequences.tokens, sequences.mask.long(), sequences.positions)
+
+
+def pair_states(lm: PreTrainedModel, chosen: Sequences, rejected: Sequences) -> tuple[Tensor, Tensor]:
+    """The last hidden states with each of two answers to the same prompts, [B, P + R, d] and [B, P + R, d].
+
+    The trunk reads a prompt once and its two answers after it, each blind to the other and at the positions it would
+    have alone. Where the attention takes no mask of our own, or the trunk no positions, the pairs are two batches.
+    """
+    if lm.config._attn_implementation != "sdpa" or not _takes_positions(lm):
+        return hidden_states(lm, stack(chosen, rejected)).chunk(2)
+    prompt, end = chosen.prompt_length, chosen.tokens.shape[1]
+    tokens = torch.cat([chosen.tokens, rejected.answers], 1)  # [B, P + R + R]
+    positions = torch.cat([chosen.positions, rejected.positions[:, prompt:]], 1)
+    real = torch.cat([chosen.mask, rejected.answer_mask], 1)
+    seen = torch.ones(2 * (tokens.shape[1],), dtype=torch.bool, device=tokens.device).tril()
+    seen[end:, prompt:end] = False
+    itself = torch.eye(len(seen), dtype=torch.bool, device=tokens.device)  # no row of a softmax may be empty
+    mask = seen & real[:, None] | itself  # [B, T, T]
+    hidden = _run_trunk(lm, tokens, mask[:, None], positions)
+    return hidden[:, :end], torch.cat([hidden[:, :prompt], hidden[:, end:]], 1)
+
+
+def _run_trunk(lm: PreTrainedModel, tokens: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+    placed = {"position_ids": positions} if _takes_positions(lm) else {}
+    return lm.base_model(input_ids=tokens, attention_mask=mask, use_cache=False, **placed).last_hidden_state
+
+
+def _takes_positions(lm: PreTrainedModel) -> bool:
+    return "position_ids" in inspect.signature(lm.base_model.forward).parameters
 
 
 def before_answers(hidden: Tensor, sequences: Sequences) -> Tensor:

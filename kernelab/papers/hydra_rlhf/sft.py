@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kernelab.papers.hydra_rlhf.model import hidden_states, rewards
-from kernelab.papers.hydra_rlhf.tokens import Sequences, stack
+from kernelab.papers.hydra_rlhf.model import pair_states, rewards
+from kernelab.papers.hydra_rlhf.tokens import Sequences
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,10 @@ def sft_loss(lm: PreTrainedModel, head: nn.Linear, chosen: Sequences, rejected: 
 
     The cross-entropies are means over tokens; a prompt's first token is given, not predicted.
     """
-    both = stack(chosen, rejected)
-    hidden = hidden_states(lm, both)  # [2B, P + R, d]
-    reward_chosen, reward_rejected = rewards(head, hidden, both).chunk(2)
+    hidden, hidden_rejected = pair_states(lm, chosen, rejected)  # [B, P + R, d]
+    reward_chosen, reward_rejected = rewards(head, hidden, chosen), rewards(head, hidden_rejected, rejected)
     begin = 0 if prompts else chosen.prompt_length - 1
-    logits = lm.get_output_embeddings()(hidden[: len(chosen), begin:-1])  # [B, T, V]
+    logits = lm.get_output_embeddings()(hidden[:, begin:-1])  # [B, T, V]
     nll = F.cross_entropy(
         logits.to(torch.promote_types(logits.dtype, torch.float32)).transpose(1, 2),
         chosen.tokens[:, begin + 1 :],
