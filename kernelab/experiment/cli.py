@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None, papers: Mapping[str, Paper] | None =
 
 
 def _dispatch(arguments: list[str], papers: Mapping[str, Paper], console: Console) -> None:
-    commands = {"run": _run, "plan": _plan}
+    commands = {"run": launch, "plan": _plan}
     command = arguments[0] if arguments else "--help"
     if command in ("-h", "--help", "help"):
         console.print(USAGE, end="", markup=False, highlight=False)
@@ -90,10 +90,6 @@ def _find(named: list[str], command: str, papers: Mapping[str, Paper]) -> Paper:
             f"unknown paper {named[0]!r}." + (_suggest(named[0], known) or f" Papers: {', '.join(known)}.")
         )
     return papers[key]
-
-
-def _run(paper: Paper, arguments: list[str], console: Console) -> None:
-    launch(paper, arguments, console)
 
 
 def _plan(paper: Paper, arguments: list[str], console: Console) -> None:

@@ -35,7 +35,9 @@ def launch(paper: Paper, arguments: list[str], console: Console) -> None:
     if early.resume and not early.help:
         folder = folder or newest_folder(paper.name)
         saved = read_config(folder)
-        if saved and early.preset is None:  # a run goes on with its own flags unless told otherwise
+        if (
+            saved and saved["paper"] == paper.key and early.preset is None
+        ):  # a run goes on with its own flags unless told otherwise
             early.preset = saved["preset"]
             arguments = ["--preset", early.preset, *saved["arguments"], *arguments]
     preset, config = _parse(paper, early.preset, arguments)

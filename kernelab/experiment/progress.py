@@ -35,12 +35,12 @@ class Progress:
         self._started = self._last_line = time.monotonic()
         if self.console.is_terminal:
             columns = (
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 _RateColumn(),
                 TimeRemainingColumn(compact=True),
-                TextColumn("{task.fields[metrics]}", style="dim"),
+                TextColumn("{task.fields[metrics]}", style="dim", markup=False),
             )
             self._bar = RichProgress(*columns, console=self.console)
             self._task = self._bar.add_task(self.label, completed=self.done, total=self.total, metrics="")

@@ -13,21 +13,9 @@ from kernelab._core.errors import bad_type, bad_value
 
 _PLAIN = (type(None), bool, int, str)
 _MAPPINGS = {"dict": dict, "OrderedDict": OrderedDict, "Counter": Counter}
-_DTYPES = frozenset(
-    {
-        torch.bool,
-        torch.uint8,
-        torch.int8,
-        torch.uint16,
-        torch.int16,
-        torch.uint32,
-        torch.int32,
-        torch.uint64,
-        torch.int64,
-    }
-    | {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64}
-    | {torch.float8_e4m3fn, torch.float8_e5m2}
-)  # those that safetensors holds
+_DTYPES = {torch.bool, torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32, torch.int32, torch.uint64}
+_DTYPES |= {torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64}
+_DTYPES |= {torch.float8_e4m3fn, torch.float8_e5m2}  # what safetensors holds
 _EXPECTED = "tensors, numpy arrays, numbers, strings, None, and dicts, lists and tuples of them"
 
 
@@ -94,7 +82,8 @@ class _Encoder:
             )
         if tensor.dtype not in _DTYPES:
             raise bad_value("checkpoint", _show(path), "a dtype that safetensors holds", tensor, "View it as another.")
-        view = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.is_conj(), tensor.is_neg())
+        view = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        view += (tensor.is_conj(), tensor.is_neg())
         if tensor.numel() and view in self._names:
             return self._names[view]
         dense = tensor.cpu().resolve_conj().resolve_neg().contiguous()

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from kernelab import __version__
 from kernelab.experiment.cli import main
 from kernelab.experiment.paper import Paper, find_papers, load
 from tests.experiment import toy
@@ -136,3 +137,8 @@ def test_every_paper_keeps_the_contract(paper, capsys):
         assert importlib.util.find_spec(reference.partition(":")[0])
     assert main(["run", paper.name, "--help"]) == 0
     assert paper.arxiv in capsys.readouterr().out
+
+
+def test_the_package_runs_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "kernelab", "--version"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"kernelab {__version__}\n", "")

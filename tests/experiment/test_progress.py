@@ -35,7 +35,7 @@ def test_a_terminal_gets_a_bar():
     out = io.StringIO()
     with Progress(Console(file=out, force_terminal=True, width=120), "ppo", done=1, total=3) as shown:
         for _ in range(2):
-            shown.show({"reward": 0.25})
+            shown.show({"reward[red]": 0.25})
             shown.advance()
     assert "3/3" in out.getvalue()
-    assert "reward 0.25" in out.getvalue()
+    assert "reward[red] 0.25" in out.getvalue()

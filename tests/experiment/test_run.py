@@ -1,5 +1,6 @@
 """The run folder, and what a kill and a resume may and may not change."""
 
+import dataclasses
 import json
 import signal
 import subprocess
@@ -124,6 +125,9 @@ def test_resume_with_another_config_names_what_changed(whole, capsys):
     assert "seed" not in error
     assert run(whole, "--resume", "--preset", "small") == 1
     assert "steps: 12 -> 40" in capsys.readouterr().err
+    other = {"other": dataclasses.replace(toy.PAPER, key="other")}
+    assert main(["run", "other", "--out", str(whole), "--resume"], other) == 1
+    assert 'paper: "toy_paper" -> "other"' in capsys.readouterr().err
     assert files(whole) == before
 
 
