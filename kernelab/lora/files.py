@@ -131,7 +131,7 @@ def load_adapter(
     new = []
     for path, pair in pairs.items():
         module = modules[path]
-        to = {"device": module.weight.device, "dtype": dtype or adapter_dtype(module), "copy": True}
+        to = {"device": module.weight.device, "dtype": dtype or adapter_dtype(module)}
         new.append((path, module, name, configs[path], *(tensor.to(**to) for tensor in pair)))
     commit(model, router, {name: common_config(configs.values())}, new, freeze_base)
     return model
@@ -176,18 +176,24 @@ def _write(directory: Path, config: bytes, weights: bytes) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     pending = directory / _PENDING
     try:
-        with _temporary(directory, weights) as new_weights:
-            with _temporary(directory, config) as new_config:
-                _replace(new_config, pending)
-            _replace(new_weights, directory / WEIGHTS)
+        with _temporary(directory, config) as new_config, _temporary(directory, weights) as new_weights:
+            try:
+                os.replace(new_config, pending)
+                _sync(directory)
+                os.replace(new_weights, directory / WEIGHTS)
+            except BaseException:
+                if new_weights.exists():
+                    pending.unlink(missing_ok=True)
+                raise
     except BaseException:
         with contextlib.suppress(OSError):
-            pending.unlink(missing_ok=True)
             if not existed:
                 directory.rmdir()
         raise
+    _sync(directory)
     with contextlib.suppress(FileNotFoundError):  # another rank was faster
-        _replace(pending, directory / CONFIG)
+        os.replace(pending, directory / CONFIG)
+    _sync(directory)
 
 
 @contextlib.contextmanager
@@ -203,9 +209,8 @@ def _temporary(directory: Path, content: bytes) -> Iterator[Path]:
         path.unlink(missing_ok=True)
 
 
-def _replace(source: Path, target: Path) -> None:
-    os.replace(source, target)
-    descriptor = os.open(target.parent, os.O_RDONLY)
+def _sync(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -233,7 +238,7 @@ def _read_config(file: Path, metadata: dict[str, str]) -> tuple[Path, object]:
     pending = file.with_name(_PENDING)
     with contextlib.suppress(OSError):
         if pending.is_file() and pending.read_text() == metadata.get(_CONFIG_KEY):
-            _replace(pending, file)
+            os.replace(pending, file)
     try:
         return file, json.loads(file.read_text())
     except json.JSONDecodeError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -124,6 +125,12 @@ def test_loading_over_an_adapter_keeps_its_parameters(tmp_path):
     load_adapter(model, tmp_path, "actor")
     assert all(a is b for a, b in zip(adapter_parameters(model, "actor"), parameters, strict=True))
     assert torch.equal(logits(model), want)
+
+
+def test_loaded_parameters_own_their_memory(tmp_path):
+    save_adapter(adapted(), "actor", tmp_path)
+    for parameter in adapter_parameters(load_adapter(language_model("llama"), tmp_path, "actor"), "actor"):
+        assert parameter.untyped_storage().nbytes() == parameter.nbytes
 
 
 def test_loading_under_a_second_name_adds_an_adapter(tmp_path):
@@ -297,20 +304,39 @@ def test_unknown_settings_are_reported(tmp_path, caplog):
     assert "unused" not in caplog.text
 
 
-def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
+# A save calls fsync for both files, then after each of three replacements; the second replacement commits.
+@pytest.mark.parametrize(
+    ("call", "fails_at"), [("fsync", 1), ("fsync", 2), ("fsync", 3), ("replace", 1), ("replace", 2)]
+)
+def test_a_failed_write_leaves_what_was_there(call, fails_at, tmp_path, monkeypatch):
     save_adapter(adapted(), "actor", tmp_path / "old")
     files = {file.name: file.read_bytes() for file in (tmp_path / "old").iterdir()}
-    for call in ("fsync", "replace"):
-        with monkeypatch.context() as patch:
-            patch.setattr(os, call, failing)
-            for directory in ("old", "new"):
-                with pytest.raises(OSError, match="disk full"):
-                    save_adapter(adapted(config=LoRAConfig(r=2)), "actor", tmp_path / directory)
+    for directory in ("old", "new"):
+        fail(monkeypatch, call, fails_at)
+        with pytest.raises(OSError, match="disk full"):
+            save_adapter(adapted(config=LoRAConfig(r=2)), "actor", tmp_path / directory)
+        monkeypatch.undo()
     assert {file.name: file.read_bytes() for file in (tmp_path / "old").iterdir()} == files
     assert not (tmp_path / "new").exists()
 
 
-def failing(*args, **kwargs):
+@pytest.mark.parametrize(("call", "fails_at"), [("fsync", 4), ("fsync", 5), ("replace", 3)])
+def test_a_write_that_fails_after_its_commitment_is_the_new_adapter(call, fails_at, tmp_path, monkeypatch):
+    save_adapter(adapted(), "actor", tmp_path)
+    new = adapted(config=LoRAConfig(r=2))
+    fail(monkeypatch, call, fails_at)
+    with pytest.raises(OSError, match="disk full"):
+        save_adapter(new, "actor", tmp_path)
+    monkeypatch.undo()
+    assert torch.equal(logits(load_adapter(language_model("llama"), tmp_path, "actor").eval()), logits(new))
+
+
+def fail(monkeypatch, call: str, fails_at: int) -> None:
+    real, calls = getattr(os, call), itertools.count(1)
+    monkeypatch.setattr(os, call, lambda *args: disk_full() if next(calls) == fails_at else real(*args))
+
+
+def disk_full():
     raise OSError("disk full")
 
 
