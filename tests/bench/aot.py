@@ -133,7 +133,6 @@ def _read_amd(compiled: CompiledKernel, log: str) -> Resources:
 
 
 def _instructions(code: str, patterns: dict[str, str]) -> dict[str, object]:
-    code = re.sub(r"//.*|^\s*;.*", "", code, flags=re.MULTILINE)
     return {
         "mma": dict(sorted(Counter(re.sub(MMA_SHAPE, "", name) for name in re.findall(patterns["mma"], code)).items())),
         "vector_loads": len(re.findall(patterns["vector_load"], code)),

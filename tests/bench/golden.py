@@ -22,7 +22,7 @@ Table = dict[str, dict[str, Resources]]  # launch name, target
 
 
 def check(op: str, launches: Iterable, *, update: bool = False, folder: Path = FOLDER) -> Table:
-    """Compiles every launch for every target and compares with ``folder/<op>.json``, or writes it.
+    """Compiles every launch for its targets and compares with ``folder/<op>.json``, or writes it.
 
     Fails on any spill; on more shared memory than the GPU has; on more than 10 % more registers; on other MMA
     instructions; where vector loads or asynchronous copies were and are no more; on a launch without a row and a row
@@ -32,7 +32,7 @@ def check(op: str, launches: Iterable, *, update: bool = False, folder: Path = F
     for launch in launches:
         if launch.name in table:
             raise ValueError(f"{op}: two launches are named {launch.name!r}")
-        table[launch.name] = {target: measure(launch, target) for target in TARGETS}
+        table[launch.name] = {target: measure(launch, target) for target in launch.targets or TARGETS}
     path = folder / f"{op}.json"
     problems = [
         f"{name} {target}: {text}"

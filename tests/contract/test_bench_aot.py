@@ -14,7 +14,7 @@ from triton.compiler.errors import CompilationError
 from triton.runtime import driver
 
 from kernelab._core.spec import Launch
-from tests.bench import golden
+from tests.bench import aot, golden
 from tests.bench.aot import TARGETS, measure
 from tests.contract.bench_kernels import copy_kernel, matmul_kernel, softmax_kernel
 
@@ -77,6 +77,13 @@ def test_a_compiled_launch_is_not_compiled_again(monkeypatch: pytest.MonkeyPatch
     before = measure(softmax_launch(), "sm_80")
     monkeypatch.setattr(softmax_kernel, "compile", None)
     assert measure(softmax_launch(), "sm_80") is before
+
+
+def test_a_kernel_in_the_file_cache_can_be_measured(monkeypatch: pytest.MonkeyPatch):
+    before = measure(softmax_launch(), "sm_80")
+    monkeypatch.setattr(aot, "_measured", {})
+    softmax_kernel.device_caches.clear()
+    assert measure(softmax_launch(), "sm_80") == before
 
 
 def test_the_driver_is_put_back_even_when_compilation_fails():
@@ -156,11 +163,19 @@ def test_more_shared_memory_than_there_is_fails(table: Path):
     expect(table, [copy_launch(), matmul_launch(stages=16)], r"matmul sm_80: \d+ bytes of shared memory")
 
 
-def test_rows_and_launches_must_match(table: Path):
+def test_more_tensor_memory_than_there_is_fails(table: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(golden, "measure", lambda *of: replace(measure(*of), tensor_memory=1024))
+    expect(table, [copy_launch(), matmul_launch()], "matmul sm_100: 1024 columns of tensor memory", update=True)
+
+
+def test_rows_and_launches_must_match(table: Path, monkeypatch: pytest.MonkeyPatch):
     expect(table, [copy_launch()], "matmul: in op.json but not launched")
     expect(table, [copy_launch(), matmul_launch(), softmax_launch()], "softmax: not in op.json")
     with pytest.raises(ValueError, match="op: two launches are named 'copy'"):
         golden.check("op", [copy_launch(), copy_launch()], folder=table)
+    monkeypatch.setitem(golden.TARGETS, "sm_120", TARGETS["sm_100"])
+    monkeypatch.setitem(golden.SHARED_LIMIT, "sm_120", 100_000)
+    expect(table, [copy_launch(), matmul_launch()], "copy sm_120: not in op.json")
 
 
 def test_a_missing_or_foreign_table_says_how_to_renew_it(table: Path):

@@ -92,6 +92,7 @@ def test_closed_form_of_a_chain():
     assert live.current == 0
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 def test_memory_from_outside_counts_only_when_tracked():
     weight, x = torch.ones(100, 100), torch.ones(8, 100)
     with LiveBytes() as live:
@@ -102,6 +103,9 @@ def test_memory_from_outside_counts_only_when_tracked():
         assert live.current == (800 + 10_000) * FLOAT
         del y
     assert live.current == 10_000 * FLOAT
+    del weight
+    gc.collect()
+    assert live.current == 0
 
 
 def test_made_from_python_numbers():
@@ -135,8 +139,11 @@ def test_phases_nest_and_keep_their_highest():
             c = torch.empty(50)
             del a, c
         with live.phase("inner"):
+            d = torch.empty(20)
+        with live.phase("idle"):
             pass
-    assert live.phases == {"outer": 150 * FLOAT, "inner": 110 * FLOAT}
+        del d
+    assert live.phases == {"outer": 150 * FLOAT, "inner": 110 * FLOAT, "idle": 20 * FLOAT}
 
 
 def test_a_graph_is_freed_after_backward():
@@ -151,13 +158,21 @@ def test_a_graph_is_freed_after_backward():
     assert live.current == 200 * FLOAT
 
 
-def test_wrapper_subclass_counts_what_it_wraps():
+class Wasteful(TwoTensor):
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args, kwargs=None):
+        torch.empty(100)
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def test_wrapper_subclass_counts_what_it_wraps_and_what_it_makes_on_the_way():
     a, b = torch.ones(10), torch.ones(10)
     with LiveBytes() as live:
         live.track([TwoTensor(a, b)])
         assert live.current == 20 * FLOAT
-        c = TwoTensor(a, b) * 2
+        c = Wasteful(a, b) * 2
         assert live.current == 40 * FLOAT
+        assert live.peak == (20 + 100) * FLOAT
         del c
     assert live.current == 20 * FLOAT
 
@@ -176,6 +191,7 @@ def test_saved_bytes_closed_forms():
     assert saved_bytes(lambda: x.exp()) == 8 * 16 * FLOAT
     assert saved_bytes(lambda: linear(x)) == 8 * 16 * FLOAT  # x; the weight is a parameter
     assert saved_bytes(lambda: linear(x) + linear(x)) == 8 * 16 * FLOAT  # x once
+    assert saved_bytes(lambda: x * torch.nn.Parameter(torch.ones(16))) == 8 * 16 * FLOAT
     with torch.no_grad():
         assert saved_bytes(lambda: linear(x)) == 0
 
