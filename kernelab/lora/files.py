@@ -25,7 +25,7 @@ from kernelab._core.errors import bad_value
 
 from .config import LoRAConfig
 from .errors import AdapterFileError, BaseMismatchError
-from .inject import adapter_layers, check_name, commit, distributed_wrapper, find_router, layer_problem
+from .inject import adapter_layers, check_dtype, check_name, commit, distributed_wrapper, find_router, layer_problem
 from .layer import LoRALayer, adapter_dtype, features
 from .peft_format import common_config, from_peft, key, pairs_of, targeted, to_peft
 from .roles import Router
@@ -112,6 +112,7 @@ def load_adapter(
     >>> model = load_adapter(model, "runs/actor", "actor")
     """
     check_name("load_adapter", "name", name)
+    check_dtype("load_adapter", dtype)
     router = find_router(model, "load_adapter", missing=Router)
     weights = Path(directory) / WEIGHTS
     tensors, metadata = _read_weights(weights)
@@ -131,7 +132,7 @@ def load_adapter(
     new = []
     for path, pair in pairs.items():
         module = modules[path]
-        to = {"device": module.weight.device, "dtype": dtype or adapter_dtype(module)}
+        to = {"device": module.weight.device, "dtype": adapter_dtype(module, dtype)}
         new.append((path, module, name, configs[path], *(tensor.to(**to) for tensor in pair)))
     commit(model, router, {name: common_config(configs.values())}, new, freeze_base)
     return model

@@ -14,7 +14,7 @@ from kernelab._core.errors import bad_type, bad_value
 
 from .config import LoRAConfig
 from .errors import InjectionError, RoleError, UnknownRoleError
-from .layer import LoRALayer, attach, features, new_pair
+from .layer import DTYPES, LoRALayer, attach, features, new_pair
 from .roles import Assignment, Router, enter
 
 _FOUND: weakref.WeakKeyDictionary[nn.Module, Router] = weakref.WeakKeyDictionary()
@@ -56,6 +56,7 @@ def inject(
     ...     value = model(torch.randn(3, 8))
     """
     _check_adapters(adapters)
+    check_dtype("inject", dtype)
     router = find_router(model, "inject", missing=Router)
     if taken := sorted(router.adapters.keys() & adapters.keys()):
         raise bad_value("inject", "adapters", "new names", f"{', '.join(taken)}, which the model has already")
@@ -227,6 +228,12 @@ def check_name(where: str, argument: str, name: object) -> None:
         raise bad_type(where, argument, "adapter names that are strings", name)
     if not name or "." in name or hasattr(nn.ParameterDict(), name):
         raise bad_value(where, argument, "names without a dot that nn.ParameterDict does not use itself", name)
+
+
+def check_dtype(where: str, dtype: object) -> None:
+    """An adapter's dtype is one that the op takes."""
+    if dtype is not None and dtype not in DTYPES:
+        raise bad_value(where, "dtype", "None, float32, bfloat16, float16 or float64", dtype)
 
 
 def _known(router: Router, where: str, argument: str, name: object) -> str:

@@ -20,6 +20,8 @@ from .config import LoRAConfig
 from .errors import RoleError
 from .roles import Router, chunks
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 
 class LoRALayer(nn.Module):
     """Mixin that comes before the class of the base layer, whose forward stays the base output."""
@@ -102,15 +104,16 @@ def features(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def adapter_dtype(module: nn.Module) -> torch.dtype:
-    """The base weight's dtype; float32 where that is packed."""
-    return module.weight.dtype if module.weight.dtype.is_floating_point else torch.float32
+def adapter_dtype(module: nn.Module, wanted: torch.dtype | None) -> torch.dtype:
+    """The base weight's dtype, float32 where that is packed, unless another one is wanted."""
+    own = module.weight.dtype
+    return wanted or (own if own in DTYPES else torch.float32)
 
 
 def new_pair(module: nn.Module, config: LoRAConfig, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
     """A: Kaiming-uniform with a = sqrt(5), [r, in]; B: zeros, [out, r]."""
     in_features, out_features = features(module)
-    dtype, device = dtype or adapter_dtype(module), module.weight.device
+    dtype, device = adapter_dtype(module, dtype), module.weight.device
     a = torch.empty(config.r, in_features, device=device)
     nn.init.kaiming_uniform_(a, a=math.sqrt(5))
     return a.to(dtype), torch.zeros(out_features, config.r, dtype=dtype, device=device)

@@ -29,7 +29,7 @@ _current_node = torch._C._current_autograd_node
 _top = torch._C._autograd._top_saved_tensors_default_hooks
 _push = torch._C._autograd._push_saved_tensors_default_hooks
 _pop = torch._C._autograd._pop_saved_tensors_default_hooks
-_enabled = torch._C._autograd._saved_tensors_hooks_is_enabled
+_transform = torch._C._functorch.peek_interpreter_stack  # None outside torch.func's transforms
 _METADATA = "kernelab.lora.roles"
 
 HookPair = tuple[Callable, Callable]
@@ -130,8 +130,8 @@ def _bind(roles: Roles, push: bool = True) -> bool:
     for pair in reversed(foreign):
         hooks = _Hooks(roles, pair)
         _push(hooks.pack, hooks.unpack)
-    # torch.func's transforms disable hooks; no checkpoint can run in them either.
-    push = push and pair is None and not foreign and _enabled()
+    # torch.func's transforms allow neither hooks nor checkpoints.
+    push = push and pair is None and not foreign and _transform() is None
     if push:
         _push(_PLAIN.pack, _PLAIN.unpack)
     return push
@@ -160,7 +160,7 @@ def chunks(router: Router) -> tuple[str | None, ...]:
     roles = current()
     # Inside a backward further checkpoints may follow; the engine restores the stack after each node.
     _bind(roles, push=_current_task() != -1)
-    if roles.assignments and _top(True) is None and _enabled():
+    if roles.assignments and _top(True) is None and _transform() is None:
         raise RoleError(
             "the role was entered in another thread, or is left already. Enter it in the thread that calls."
         )

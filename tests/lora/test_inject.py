@@ -161,6 +161,8 @@ def test_bad_arguments(adapters, targets, error, message):
     with pytest.raises(error, match=message):
         inject(model, adapters, targets)
     assert snapshot(model) == before
+    with pytest.raises(ValueError, match="'dtype'"):
+        inject(model, {"actor": LoRAConfig()}, ["up"], dtype=torch.int8)
     with pytest.raises(TypeError, match="'model'"):
         inject("model", {"actor": LoRAConfig()}, ["up"])
 
