@@ -34,6 +34,7 @@ class Launch:
     grid: tuple[int, ...]
     args: dict  # argument name -> tensor (meta is enough), number or constexpr
     options: dict  # num_warps, num_stages
+    targets: tuple[str, ...] = ()  # architectures whose block sizes these are, "sm_90"; none: all
 
 
 @dataclass(frozen=True)

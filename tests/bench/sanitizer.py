@@ -171,7 +171,8 @@ class Region:
     def __init__(self, start: int, end: int, cell: int, names: str) -> None:
         self.start, self.end, self.cell, self.names = start, end, cell, names
         shape = -(-(end - start) // cell)
-        self.owners = {kind: np.full(shape, NOBODY, np.int32) for kind in ("load", "store", "atomic")}
+        # zeros are NOBODY, and cost no memory where nobody touches them
+        self.owners = {kind: np.zeros(shape, np.int32) for kind in ("load", "store", "atomic")}
 
     def touch(self, kind: str, addresses: np.ndarray, itemsize: int, program: int) -> np.ndarray:
         """Lanes that conflict with an earlier access of another program. Loads agree, and so do atomics."""

@@ -58,6 +58,13 @@ _register("reference", "reference", 0, (), lambda device, dtype: None)
 _register(
     "cpu", "cpu_kernels", 10, ("cpu",), lambda device, dtype: None if device.type == "cpu" else "needs a CPU tensor"
 )
+_register(
+    "triton",
+    "triton_launch",
+    20,
+    ("cuda",),
+    lambda device, dtype: registry.triton_support(device) or ("no float64" if dtype == torch.float64 else None),
+)
 
 
 _FIELDS = len(Routing._fields)

@@ -42,7 +42,7 @@ def _factor_offsets(features, r, rank, size, RANK_FIRST: tl.constexpr):
 
 @triton.jit
 def _dropped(u, rows, first_column, seed, threshold, BLOCK: tl.constexpr):
-    """``u`` [rows, BLOCK] with zeros where kernelab._core.philox.dropout_mask is False; one Philox call makes four columns."""
+    """``u`` [rows, BLOCK], zero where kernelab._core.philox.dropout_mask is False. A Philox call makes four columns."""
     group = (first_column // 4 + tl.arange(0, BLOCK // 4)).to(tl.int32)
     w0, w1, w2, w3 = tl.philox(seed, group[None, :], rows.to(tl.int32)[:, None], 0, _STREAM)  # [rows, BLOCK / 4]
     threshold = threshold.to(tl.uint32)
@@ -54,7 +54,8 @@ def _dropped(u, rows, first_column, seed, threshold, BLOCK: tl.constexpr):
 @triton.jit
 def _adapter_term(
     t_ptr, factors, ranks, scalings, tile, columns, first_column, N, width, seed, threshold,
-    RANK_FIRST: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    RANK_FIRST: tl.constexpr, DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """``scaling * D(T F)`` of one tile [BLOCK_M, BLOCK_N] in float32: T is S or dS, F is B^T or A."""
     row, end, adapter, slot = tile

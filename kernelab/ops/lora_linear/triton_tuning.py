@@ -1,0 +1,85 @@
+"""Block sizes of the Triton kernels, from the shape of the matrices, the dtype and the GPU; never from the rows.
+
+A row's result therefore does not depend on the other rows of its batch.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+# The kernel that reads dy once for dS and dB writes partial sums of dS; above this rank a second read costs no more.
+FUSE_MAX_RANK = 32
+
+# Where the main GEMM is Triton's, with the adapter inside; elsewhere it is cuBLAS's, and a kernel adds the adapter.
+# float32 is elsewhere because Triton multiplies it without tensor cores. Not yet measured on a GPU.
+FUSED_DTYPES = (torch.bfloat16, torch.float16)
+
+
+class Blocks(NamedTuple):
+    """Sizes of one kernel's blocks: rows and columns of the output, length of a step of the sum."""
+
+    rows: int
+    columns: int
+    inner: int
+    warps: int
+    stages: int
+
+    @property
+    def options(self) -> dict[str, int]:
+        return {"num_warps": self.warps, "num_stages": self.stages}
+
+
+class Configuration(NamedTuple):
+    """Blocks of every kernel that reads rows of ``inner`` elements or writes rows of ``columns``."""
+
+    fused: bool  # the main GEMM has the adapter inside
+    main: Blocks
+    main_dropout: Blocks
+    expand: Blocks
+    shrink: Blocks
+    gram: Blocks  # rows: of one partial sum; columns: of x; inner: rows of a step
+    rank_step: int  # ranks that the main GEMM and expand take at a time
+    rank_block: int  # ranks of one program of shrink and gram
+
+
+def capability(device: torch.device) -> int:
+    """Compute capability, 90 for an H100; 0 for a GPU of AMD. The interpreter uses the blocks of 90."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 0 if torch.version.hip else 10 * major + minor
+
+
+@functools.lru_cache(maxsize=256)
+def configuration(columns: int, inner: int, rank: int, dtype: torch.dtype, capability: int) -> Configuration:
+    """Block sizes for ``[rows, inner] @ [inner, columns]`` with adapters of at most ``rank``."""
+    fast = dtype.itemsize == 2 and columns % 16 == 0 and inner % 16 == 0  # tensor cores and asynchronous copies
+    amd, datacenter = capability == 0, capability in (90, 100, 103)
+    stages = 2 if amd else 3
+    rank, rank_block = _power_of_two(rank), min(_power_of_two(rank), 128 if fast else 32)
+    if not fast:
+        main, shrink, gram = Blocks(64, 64, 32, 4, stages), Blocks(32, 0, 32, 4, stages), Blocks(0, 64, 32, 4, stages)
+    else:
+        main = Blocks(128, 256 if datacenter or capability == 80 else 128, 64 if datacenter else 32, 8, stages)
+        shrink = Blocks(32, 0, 64, 4, 5 if datacenter else stages)
+        gram = Blocks(0, 256 if rank <= 64 else 128, 64, 8, stages) if datacenter else Blocks(0, 128, 32, 8, stages)
+    main = main._replace(columns=min(main.columns, _power_of_two(columns)))
+    gram_rows = 32 * -(-columns // gram.columns)  # a program for every multiprocessor from 4096 rows on
+    return Configuration(
+        fused=dtype in FUSED_DTYPES,
+        main=main,
+        main_dropout=main._replace(columns=min(main.columns, 128)),
+        expand=Blocks(64, 64, 0, 4, 1),
+        shrink=shrink,
+        gram=gram._replace(rows=min(1024, max(128, _power_of_two(gram_rows)))),
+        rank_step=min(rank_block, 64 if datacenter else 32),
+        rank_block=rank_block,
+    )
+
+
+def _power_of_two(size: int) -> int:
+    """The smallest power of two that is at least ``size`` and 16, the shortest side of a matrix instruction."""
+    return max(16, 1 << (size - 1).bit_length())

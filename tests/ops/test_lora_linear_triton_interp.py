@@ -1,0 +1,204 @@
+"""What is special to the Triton kernels of ``lora_linear``; tests/contract/ has what every backend promises."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from kernelab._core.philox import dropout_mask
+from kernelab.ops.lora_linear import reference, triton_spec
+from kernelab.ops.lora_linear.spec import SPECS
+from tests.bench.sanitizer import sanitizer
+from tests.contract import arguments as args
+from tests.contract.error import BACKWARD, check
+
+pytestmark = pytest.mark.interp
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CASES = [
+    pytest.param(spec, case, id=f"{spec.function.__name__}-{case.name}")
+    for spec in SPECS
+    for case in spec.cases
+    if "interp" in case.tags
+]
+
+
+@pytest.fixture
+def triton():
+    """The backend's module."""
+    from kernelab.ops.lora_linear import triton_launch
+
+    return triton_launch
+
+
+@pytest.fixture(params=[True, False], ids=["fused", "accumulate"])
+def fused(request, monkeypatch):
+    """Both ways of the main GEMM, whatever the dtype."""
+    from kernelab.ops.lora_linear import triton_tuning
+
+    monkeypatch.setattr(triton_tuning, "FUSED_DTYPES", DTYPES if request.param else ())
+    triton_tuning.configuration.cache_clear()
+    yield request.param
+    triton_tuning.configuration.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("spec", "case"), CASES)
+def test_launches_are_clean_and_move_the_bytes_of_the_closed_form(spec, case, dtype, fused):
+    arguments = args.build(case, "cpu", dtype)
+    with sanitizer() as forward:
+        y = spec.function(**arguments, backend="triton")
+    cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    leaves = args.trainable(arguments)
+    with sanitizer() as backward:
+        grads = torch.autograd.grad(y, list(leaves.values()), cotangent, allow_unused=True)
+    assert all(torch.isfinite(t).all() for t in (y, *grads) if t is not None)
+    counted = [report.total("bytes_loaded") + report.total("bytes_stored") for report in (forward, backward)]
+    assert counted == list(triton_spec.triton_bytes(arguments))
+    for launch in (*forward.launches, *backward.launches):
+        assert launch.out_of_bounds == launch.races == launch.bytes_atomic == 0
+
+
+def make(rows=(45, 40, 45), ranks=(4, 8), in_features=80, out_features=70, dtype=torch.float32, seed=0):
+    """Raw arguments: segments off, adapter 0, adapter 1, ..."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    return {
+        "x": random(sum(rows), in_features),
+        "weight": random(out_features, in_features) / 8,
+        "bias": random(out_features),
+        "base": None,
+        "lora_a": [random(rank, in_features) / 8 for rank in ranks],
+        "lora_b": [random(out_features, rank) for rank in ranks],
+        "counts": list(rows),
+        "adapters": [-1, *range(len(ranks))],
+        "scaling": [1.5, 0.75, 0.5][: len(ranks)],
+        "keep": [True] * len(ranks),
+        "dropout_p": 0.0,
+        "seed": 3,
+    }
+
+
+def backward_arguments(call: dict, s: torch.Tensor, need: list[bool], whole: bool = True, **changes) -> dict:
+    """Arguments of the raw backward after a forward that returned ``s``."""
+    rest = {name: value for name, value in call.items() if name not in ("x", "bias", "base")}
+    kept = [part.rows for part in reference.segments(call["counts"], call["adapters"], call["keep"]) if part.kept >= 0]
+    x = call["x"] if whole else torch.cat([call["x"][rows] for rows in kept])
+    dy = torch.randn(len(call["x"]), call["lora_b"][0].shape[0], generator=torch.Generator().manual_seed(7))
+    return {"dy": dy.to(x.dtype), "x": x, "s": s, **rest, "need": need, **changes}
+
+
+def exactly(arguments: dict) -> dict:
+    """The arguments in float64."""
+
+    def wide(value):
+        if isinstance(value, list):
+            return [wide(item) for item in value]
+        return value.double() if isinstance(value, torch.Tensor) else value
+
+    return {name: wide(value) for name, value in arguments.items()}
+
+
+def check_gradients(got, arguments: dict) -> None:
+    plain, exact = reference.backward(**arguments), reference.backward(**exactly(arguments))
+    for name, ours, theirs, true in zip(("dx", "dA", "dB"), got, plain, exact, strict=True):
+        triples = zip(ours, theirs, true, strict=True) if name != "dx" else [(ours, theirs, true)]
+        for index, triple in enumerate(triples):
+            check(f"{name}[{index}]", *triple, BACKWARD)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_segment_is_bitwise_the_same_alone_mixed_and_without_adapters(triton, dtype, fused):
+    call = make((45, 170, 133), dtype=dtype, in_features=208, out_features=300)
+    y, _ = triton.forward(**call)
+    for rows, adapter in ((slice(0, 45), -1), (slice(45, 215), 0), (slice(215, 348), 1)):
+        x = call["x"][rows]
+        alone = call | {"x": x, "counts": [len(x)], "adapters": [adapter]}
+        assert torch.equal(y[rows], triton.forward(**alone)[0])
+        if adapter == -1:
+            nothing = {"lora_a": [], "lora_b": [], "scaling": [], "keep": []}
+            assert torch.equal(y[rows], triton.forward(**alone | nothing)[0])
+    if not fused:
+        assert torch.equal(y[:45], torch.nn.functional.linear(call["x"][:45], call["weight"], call["bias"]))
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "p", "seed"), [(37, 53, 0.5, 2**40 + 17), (21, 130, 0.05, -1), (5, 3, 0.5, 1)]
+)
+def test_dropout_is_the_mask_of_the_definition(triton, fused, rows, columns, p, seed):
+    mask = dropout_mask(seed, p, 11, rows, columns, torch.device("cpu")).float()
+    call = make((11, rows), (columns,), columns, 1) | {"dropout_p": p, "seed": seed, "scaling": [1.0]}
+    ones = torch.ones(11 + rows, columns)
+    call |= {"x": ones, "lora_a": [torch.eye(columns)], "lora_b": [torch.ones(1, columns)]}
+    _, s = triton.forward(**call)
+    torch.testing.assert_close(s, mask / (1 - p), rtol=1e-6, atol=0)
+    call |= {"lora_a": [torch.ones(1, columns)], "lora_b": [torch.ones(1, 1)], "weight": torch.zeros(1, columns)}
+    arguments = backward_arguments(call, torch.ones(rows, 1), [True, True, False], dy=torch.ones(11 + rows, 1))
+    for changes in ({}, {"weight": None}):
+        dx, (da,), _ = triton.backward(**arguments | changes)
+        assert not dx[:11].any()
+        torch.testing.assert_close(dx[11:], mask / (1 - p), rtol=1e-6, atol=0)
+        torch.testing.assert_close(da[0], mask.sum(0) / (1 - p), rtol=1e-6, atol=0)
+
+
+def test_rows_beyond_32_bits_have_their_own_mask_and_offsets(triton):
+    row, columns = 2**33 + 2**31 - 3, 40
+    tiles = torch.tensor([[row, row + 9, 0, 0]])
+    out = torch.empty(9, columns)
+    config = triton.configuration(columns, columns, columns, torch.float32, 90)
+    rows = triton.routing((9,), (0,), (True,))
+    x = torch.ones(1, columns).expand(9, -1)  # row stride 0: every row is the first
+    launch = triton._shrink(
+        "", x, triton._factors([torch.eye(columns)], rows, True), out, rows, (0,), config, 1.0, triton._dropout(0.5, 5)
+    )
+    launch.args["tiles_ptr"] = tiles
+    launch.kernel[launch.grid](**launch.args, **launch.options)
+    assert torch.equal(out, dropout_mask(5, 0.5, row, 9, columns, x.device).float())
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_offsets_beyond_31_bits(triton, fused, whole):
+    """The rows of x, dy and base lie 2^25 elements apart; memory is touched where they are."""
+    call = make((20, 40, 40), in_features=32, out_features=32, dtype=torch.bfloat16)
+
+    def spread(t):
+        return torch.empty_strided(t.shape, (2**25, 1), dtype=t.dtype).copy_(t)
+
+    for changes in ({}, {"weight": None, "bias": None, "base": call["x"]}):
+        near = call | changes
+        far = near | {name: spread(near[name]) for name in ("x", "base") if near[name] is not None}
+        y, s = triton.forward(**near)
+        assert torch.equal(triton.forward(**far)[0], y)
+        arguments = backward_arguments(near, s, [True] * 5, whole)
+        far = arguments | {name: spread(arguments[name]) for name in ("x", "dy")}
+        flat = [t for result in (triton.backward(**arguments), triton.backward(**far)) for t in _flat(result)]
+        assert all(torch.equal(a, b) for a, b in zip(flat[:5], flat[5:], strict=True))
+
+
+def _flat(gradients):
+    dx, da, db = gradients
+    return [dx, *da, *db]
+
+
+@pytest.mark.parametrize(
+    "need", list(itertools.product([False, True], repeat=5)), ids=lambda n: "".join("01"[f] for f in n)
+)
+def test_every_need_gets_its_gradients_and_nothing_else(triton, need):
+    call = make() | {"dropout_p": 0.25}
+    _, s = triton.forward(**call)
+    need = list(need)
+    for whole in (True, False):
+        arguments = backward_arguments(call, s, need, whole)
+        with sanitizer() as report:
+            got = triton.backward(**arguments)
+        check_gradients(got, arguments)
+        names = [launch.kernel for launch in report.launches]
+        assert names.count("_lora_linear_reduce_kernel") <= sum(need[1:]) + 1
+        assert names.count("_lora_linear_gram_kernel") == any(need[1:3]) + any(need[3:])
+        assert names.count("_lora_linear_expand_kernel") == need[0]
+        assert len(names) > 0 or not any(need)
