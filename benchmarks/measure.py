@@ -39,7 +39,7 @@ def measure_group(
         except Exception as error:  # the test of this provider raises it; the others go on
             found[name] = error
     calls = {name: provider.run for name, provider in providers.items()}
-    durations = timing.interleaved(calls, group.device, seconds, min_rounds)
+    durations = timing.interleaved(calls, group.device, seconds, max(min_rounds, 2))  # quantiles take two
     medians = {name: statistics.median(values) for name, values in durations.items()}
     for name, provider in providers.items():
         row = Row(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import pytest
@@ -27,25 +28,19 @@ DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 SIZES = {"demo": (128, 3, 128), "small": (512, 4, 128), "deep": (16, 32, 8)}
 
 
-def groups(op: str, dtypes: tuple[torch.dtype, ...]) -> Iterator[Group]:
-    for size in SIZES:
-        for device in DEVICES:
-            for dtype in dtypes:
-                yield Group(op, FORWARD_ONLY, size, dtype, device)
-
-
-def grid(op: str, dtypes: tuple[torch.dtype, ...], names: tuple[str, ...]) -> list:
+def grid(op: str, dtypes: Sequence[torch.dtype], devices: Sequence[str], names: Sequence[str]) -> list:
+    groups = [Group(op, FORWARD_ONLY, *rest) for rest in itertools.product(SIZES, dtypes, devices)]
     return [
         pytest.param(group, name, id=f"{group}/{name}")
-        for group in groups(op, dtypes)
+        for group in groups
         for name in names
         if not (name == "peft-float32-adapters" and group.dtype == torch.float32)
     ]
 
 
-PEFT = ("peft", "peft-float32-adapters")
-SCORING = grid("scoring", (torch.float32, torch.bfloat16), (BASE, "kernelab.streams", "kernelab.role", *PEFT))
-SWITCH = grid("switch", (torch.float32,), ("kernelab.streams", "kernelab.role", "peft"))
+OURS, PEFT = ("kernelab.streams", "kernelab.role"), ("peft", "peft-float32-adapters")
+SCORING = grid("scoring", (torch.float32, torch.bfloat16), DEVICES, (BASE, *OURS, *PEFT))
+SWITCH = grid("switch", (torch.float32,), ("cpu",), (*OURS, "peft"))  # host time, the same for every device
 
 
 @pytest.mark.parametrize(("group", "provider"), SCORING)

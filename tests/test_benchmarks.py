@@ -66,6 +66,13 @@ def test_a_small_case_runs_and_appends_the_row_that_pytest_benchmark_shows(tmp_p
     assert all(provider in text for provider in rows)
 
 
+def test_without_record_nothing_is_written(tmp_path):
+    results = tmp_path / "results"
+    done = run_pytest("benchmarks", "--benchmark-only", "-k", f"{GROUP}/base", "--results", str(results))
+    assert "1 passed" in done.stdout
+    assert not results.exists()
+
+
 def test_the_interpreter_is_never_timed(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(RuntimeError, match="times mean nothing"):
@@ -146,7 +153,7 @@ def test_a_broken_line_is_named(tmp_path):
         lines.write('{"op": "lora_linear"\n')
     with pytest.raises(ValueError, match=r"lora_linear\.jsonl, line 2: not a row"):
         record.load(tmp_path)
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit):  # nothing there
         report.main(["--results", str(tmp_path / "nothing")])
 
 
