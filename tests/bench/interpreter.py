@@ -18,13 +18,17 @@ from triton.runtime.interpreter import TensorHandle
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tests.bench import numerics
-from tests.bench.sanitizer import Launch
+from tests.bench.sanitizer import RunningLaunch
 
 
 class CheckedBuilder(numerics.ArithmeticBuilder):
-    """Tells the running launch of every program, access and dot."""
+    """Tells the running launch of every program, access, dot and assertion."""
 
-    launch: Launch
+    launch: RunningLaunch
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.options = stock.InterpreterOptions(debug=True)  # assertions, and with them the checks of overflow
 
     def set_grid_dim(self, *grid: int) -> None:
         super().set_grid_dim(*grid)
@@ -58,6 +62,10 @@ class CheckedBuilder(numerics.ArithmeticBuilder):
             raise IndexError("atomic_cas out of bounds")  # it has no mask to leave lanes out
         return super().create_atomic_cas(TensorHandle(address, ptr.dtype), cmp, val, *rest)
 
+    def create_assert(self, condition: TensorHandle, message: str) -> None:
+        if failed := np.size(condition.data) - np.count_nonzero(condition.data):
+            self.launch.fault(f"assertion failed: {message}", failed)
+
     def create_dot(self, a: TensorHandle, b: TensorHandle, *rest) -> TensorHandle:
         self.launch.report.dot_flops += 2 * a.data.size * b.data.shape[-1]
         return super().create_dot(a, b, *rest)
@@ -81,7 +89,7 @@ class CheckedExecutor(stock.GridExecutor):
     def _init_args_hst(self, args_dev, kwargs):
         args, kwargs = super()._init_args_hst(args_dev, kwargs)
         named = dict(zip(self.arg_names, args, strict=False)) | kwargs
-        _builder.launch = Launch(self.fn.__name__, dict(_tensors(named)))
+        _builder.launch = RunningLaunch(self.fn.__name__, dict(_tensors(named)))
         return args, kwargs
 
     def __call__(self, *args, **kwargs):

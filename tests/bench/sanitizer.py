@@ -6,7 +6,8 @@
 
 Under TRITON_INTERPRET=1 (see interpreter.py) every launch is watched, in such a block or not. It raises
 ``SanitizerError`` if a lane read or wrote outside the launch's tensors (such a lane is masked off), if two programs
-touched the same address and one of them wrote it without an atomic, or if two lanes of one store disagree.
+touched the same address and one of them wrote it without an atomic, if two lanes of one store disagree, if an integer
+of 32 bits or less overflows, or if a ``tl.device_assert`` fails.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def sanitizer(*, strict: bool = True, reachable: Iterable[torch.Tensor] = ()) ->
         _reports.pop()
 
 
-class Launch:
+class RunningLaunch:
     """One launch while its programs run.
 
     A pointer carries in its upper 16 bits which argument it comes from, so that leaving one tensor is a fault even
@@ -101,7 +102,7 @@ class Launch:
     def __init__(self, kernel: str, arguments: dict[str, torch.Tensor]) -> None:
         self.report = LaunchReport(kernel)
         self.program = NOBODY
-        self.names = ["a table of pointers", *arguments]
+        self.names = [None, *arguments]
         spans = [_span(tensor) for tensor in arguments.values()]
         self.starts, self.ends = np.array([(0, 0), *spans], np.int64).T
         self.tags = {id(tensor): tag << ADDRESS_BITS for tag, tensor in enumerate(arguments.values(), start=1)}
@@ -137,7 +138,7 @@ class Launch:
                 race |= _disagree(address[here], values)
             if race.any():
                 self.report.races += int(race.sum())
-                self._fault(f"{kind} races with another program or lane in {region.names}", int(race.sum()))
+                self.fault(f"{kind} races with another program or lane in {region.names}", int(race.sum()))
         return pointers & np.uint64((1 << ADDRESS_BITS) - 1), active
 
     def _locate(self, argument: np.ndarray, address: np.ndarray, itemsize: int) -> np.ndarray:
@@ -152,16 +153,15 @@ class Launch:
         return np.where(inside, region, -1)
 
     def _out_of_bounds(self, kind: str, argument: np.ndarray, address: np.ndarray) -> None:
-        first, lanes = int(argument[0]), address.size
-        where = "far away"
-        if first in range(1, len(self.names)):
-            gap = int(self.starts[first] - address[0]), int(address[0] - self.ends[first])
-            where = f"{gap[0]} bytes before" if gap[0] > 0 else f"{gap[1]} bytes past"
+        first, where = int(argument[0]), "not in any argument"
+        if 0 < first < len(self.names):
+            before, past = int(self.starts[first] - address[0]), int(address[0] - self.ends[first])
+            where = f"{before} bytes before" if before > 0 else f"{past} bytes past"
             where += f" {self.names[first]}"
-        self.report.out_of_bounds += lanes
-        self._fault(f"{kind} out of bounds, first lane {where}", lanes)
+        self.report.out_of_bounds += address.size
+        self.fault(f"{kind} out of bounds, first lane {where}", address.size)
 
-    def _fault(self, text: str, lanes: int) -> None:
+    def fault(self, text: str, lanes: int) -> None:
         self.report.faults[f"{_kernel_line()}: {text}"] += lanes
 
 

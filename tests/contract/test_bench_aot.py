@@ -138,7 +138,7 @@ def test_a_spill_fails_and_is_never_written(table: Path):
 
 
 def test_register_growth_fails(table: Path):
-    expect(table, [copy_launch(), matmul_launch(warps=4)], r"matmul sm_90: 91 -> \d{3} registers")
+    expect(table, [copy_launch(), matmul_launch(warps=4)], r"matmul sm_90: \d+ -> \d{3} registers")
     registers = measure(matmul_launch(), "sm_80").registers
     edit(table, "matmul", "sm_80", registers=round(registers / 1.09))
     golden.check("op", [copy_launch(), matmul_launch()], folder=table)  # less than 10 %

@@ -169,7 +169,7 @@ def test_tables_of_pointers_need_their_tensors_named():
     with sanitizer(reachable=tensors):
         _pointer_table_kernel[(2,)](table, y, 5, BLOCK=8)
     assert torch.equal(y, torch.stack(tensors))
-    with pytest.raises(SanitizerError, match="load out of bounds"):
+    with pytest.raises(SanitizerError, match="load out of bounds, first lane not in any argument: 10 lanes"):
         _pointer_table_kernel[(2,)](table, y, 5, BLOCK=8)
 
 
@@ -269,6 +269,24 @@ def test_leaving_one_tensor_is_caught_where_another_begins():
     assert (memory[200:] == 7).all()
     with pytest.raises(SanitizerError, match="load out of bounds, first lane 4 bytes before x_ptr: 1 lanes"):
         _wrong_kernel[(2,)](y, x, 100, WRONG="load before the tensor", BLOCK=64)
+
+
+@triton.jit
+def _offset_kernel(x_ptr, n, stride, WIDE: tl.constexpr):
+    row = tl.program_id(0)
+    if WIDE:
+        row = row.to(tl.int64)
+    tl.device_assert(stride > 0, "stride must be positive")
+    tl.store(x_ptr + row * stride, 1.0, mask=row * stride < n)
+
+
+def test_offsets_that_overflow_and_assertions_are_caught():
+    x = torch.zeros(8)
+    _offset_kernel[(3,)](x, 8, 2**30, WIDE=True)
+    with pytest.raises(SanitizerError, match=r"assertion failed: int32 overflow detected for operation mul: 2 lanes"):
+        _offset_kernel[(3,)](x, 8, 2**30, WIDE=False)
+    with pytest.raises(SanitizerError, match="assertion failed: stride must be positive: 1 lanes"):
+        _offset_kernel[(1,)](x, 8, 0, WIDE=True)
 
 
 @triton.jit
