@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "dropout/dropout.h"
+#include "lora_linear/lora_linear.h"
 
 namespace {
 
@@ -30,9 +30,13 @@ void define(pybind11::module_& module, const char* name, void (*function)(Args..
 
 }  // namespace
 
+#define KL_DEFINE(dtype)                                           \
+  define(module, "lora_forward_" #dtype, kl_lora_forward_##dtype); \
+  define(module, "lora_backward_" #dtype, kl_lora_backward_##dtype);
+
 PYBIND11_MODULE(_C_cpu, module) {
-  define(module, "dropout_float32", kl_dropout_float32);
-  define(module, "dropout_float64", kl_dropout_float64);
-  define(module, "dropout_bfloat16", kl_dropout_bfloat16);
-  define(module, "dropout_float16", kl_dropout_float16);
+  KL_DEFINE(float32)
+  KL_DEFINE(float64)
+  KL_DEFINE(bfloat16)
+  KL_DEFINE(float16)
 }

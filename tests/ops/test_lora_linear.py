@@ -8,11 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from kernelab._core import native
 from kernelab._core.memory import saved_bytes
-from kernelab._core.philox import dropout_mask, dropout_threshold, philox
+from kernelab._core.philox import dropout_mask, philox
 from kernelab.ops import lora_add, lora_linear
-from kernelab.ops.lora_linear import cpu_kernels, reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 HALVES = (torch.bfloat16, torch.float16)
@@ -198,22 +196,6 @@ def test_dropout_mask_is_a_function_of_seed_row_and_column():
     many = dropout_mask(1, 0.3, 0, 1000, 1000, torch.device("cpu"))
     # 5 standard deviations of a binomial proportion with a million draws
     assert abs(many.double().mean().item() - 0.7) < 5 * (0.3 * 0.7 / 1e6) ** 0.5
-
-
-@pytest.mark.skipif(native.reason_missing() is not None, reason="the C++ extension is not built")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 5), (17, 64), (9, 67), (40, 1000)])
-def test_native_dropout_equals_its_definition(dtype, rows, columns):
-    u = torch.randn(rows, columns + 3).to(dtype)[:, :columns]
-    first_row, seed = 2**31 + 5, -(2**63) + 12345
-    for p in (0.05, 0.5, 0.999):
-        expected = reference.dropped(u, first_row, p, seed)
-        assert torch.equal(cpu_kernels._dropped(u, first_row, p, seed), expected)
-        total = torch.randn(rows, columns).to(dtype)
-        wide = total.double() + u.double() * (expected != 0) / (1 - p)
-        cpu_kernels._add_dropped(total, u, first_row, p, seed)
-        torch.testing.assert_close(total.double(), wide, rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
-    assert dropout_threshold(0.5) == 2**31
 
 
 def test_dropout_of_streams_differs_by_row_and_repeats_in_backward():

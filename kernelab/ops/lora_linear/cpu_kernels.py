@@ -1,112 +1,145 @@
-"""CPU: oneDNN GEMMs, one a segment, with the adapter accumulated in place; rows that are off cost nothing extra."""
+"""CPU: one base GEMM a segment, then the adapter's part in one pass of C++, or in torch where that is not built.
+
+Rows that are off cost nothing extra.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from kernelab._core import native
 from kernelab._core.philox import dropout_threshold
 
-from . import reference
-from .reference import segments
+from .reference import dropped, segments
 
 
 def forward(x, weight, bias, base, lora_a, lora_b, counts, adapters, scaling, keep, dropout_p, seed):
-    rank = max((a.shape[0] for a in lora_a), default=0)
+    ranks = [a.shape[0] for a in lora_a]
     parts = list(segments(counts, adapters, keep))
-    s = x.new_zeros(sum(part.count for part in parts if part.kept >= 0), rank)
-    y = _base(x, weight, bias, parts) if weight is not None else base.clone(memory_format=torch.contiguous_format)
-    for part in parts:
-        if part.adapter < 0 or part.count == 0:
-            continue
-        a, b = lora_a[part.adapter], lora_b[part.adapter]
-        s_g = _dropped(x[part.rows], part.row, dropout_p, seed) @ a.mT  # [m, r]
-        y[part.rows].addmm_(s_g, b.mT, alpha=scaling[part.adapter])
-        if part.kept >= 0:
-            s[part.kept_rows, : a.shape[0]] = s_g
-    return y, s
-
-
-def _base(x: Tensor, weight: Tensor, bias: Tensor | None, parts) -> Tensor:
-    if len(parts) == 1:
-        return F.linear(x, weight, bias)
-    y = x.new_empty(x.shape[0], weight.shape[0])
+    s_size = (sum(part.count for part in parts if part.kept >= 0), max(ranks, default=0))
+    s = x.new_empty(s_size) if len(set(ranks)) <= 1 else x.new_zeros(s_size)
+    y = x.new_empty(x.shape[0], base.shape[1] if weight is None else weight.shape[0])
+    add = _add_native if _native_can(s_size[1]) else _add_torch
     for part in parts:
         if part.count == 0:
             continue
-        if bias is None:
-            torch.mm(x[part.rows], weight.mT, out=y[part.rows])
-        else:
-            torch.addmm(bias, x[part.rows], weight.mT, out=y[part.rows])
-    return y
+        x_g, y_g = x[part.rows], y[part.rows]
+        if part.adapter < 0:
+            y_g.copy_(base[part.rows]) if weight is None else _linear(x_g, weight, bias, y_g)
+            continue
+        base_g = base[part.rows] if weight is None else _linear_of_on_rows(x_g, weight, bias, y_g)
+        a, b = lora_a[part.adapter], lora_b[part.adapter]
+        s_g = s[part.kept_rows, : a.shape[0]] if part.kept >= 0 else None
+        add(y_g, base_g, x_g, s_g, a, b, scaling[part.adapter], part.row, dropout_p, seed)
+    return y, s
 
 
 def backward(dy, x, s, weight, lora_a, lora_b, counts, adapters, scaling, keep, dropout_p, seed, need):
     whole = x.shape[0] == dy.shape[0]
     need_x, need_a, need_b = need[0], need[1 : 1 + len(lora_a)], need[1 + len(lora_a) :]
-    dx = dy.new_empty(dy.shape[0] if need_x else 0, x.shape[1])
-    if need_x:
-        dx.zero_() if weight is None else torch.mm(dy, weight, out=dx)
-    parts = [part for part in segments(counts, adapters, keep) if part.adapter >= 0 and part.count > 0]
-    da, db = _Sums(lora_a, need_a), _Sums(lora_b, need_b)
-    for part in parts:
+    dx = dy.new_empty(0, x.shape[1])
+    if need_x and weight is None:
+        dx = dy.new_zeros(dy.shape[0], x.shape[1])
+    elif need_x:
+        dx = _onednn_linear(dy, weight.mT, None) if _onednn_wins(dy, weight) else torch.mm(dy, weight)
+    wide = torch.float64 if dy.dtype == torch.float64 else torch.float32
+    da = [torch.zeros(a.shape, dtype=wide) if needed else None for a, needed in zip(lora_a, need_a, strict=True)]
+    db = [torch.zeros(b.shape, dtype=wide) if needed else None for b, needed in zip(lora_b, need_b, strict=True)]
+    add = _add_gradients_native if _native_can(max((a.shape[0] for a in lora_a), default=0)) else _add_gradients_torch
+    for part in segments(counts, adapters, keep):
         adapter = part.adapter
-        dy_g = dy[part.rows]
-        if need_b[adapter]:
-            s_g = s[part.kept_rows, : lora_a[adapter].shape[0]]
-            db.add(adapter, (s_g.mT @ dy_g).mT, scaling[adapter])
-        if not (need_x or need_a[adapter]):
+        if adapter < 0 or part.count == 0:
             continue
-        ds_g = dy_g @ lora_b[adapter]  # [m, r], without the factor
-        if need_a[adapter]:
-            x_g = x[part.rows if whole else part.kept_rows]
-            da.add(adapter, ds_g.mT @ _dropped(x_g, part.row, dropout_p, seed), scaling[adapter])
-        if need_x and dropout_p == 0.0:
-            dx[part.rows].addmm_(ds_g, lora_a[adapter], alpha=scaling[adapter])
-        elif need_x:
-            _add_dropped(dx[part.rows], scaling[adapter] * (ds_g @ lora_a[adapter]), part.row, dropout_p, seed)
-    return dx, da.results(), db.results()
+        a, b = lora_a[adapter], lora_b[adapter]
+        x_g = x[part.rows if whole else part.kept_rows] if need_a[adapter] else None
+        s_g = s[part.kept_rows, : a.shape[0]] if need_b[adapter] else None
+        dx_g = dx[part.rows] if need_x else None
+        add(dx_g, da[adapter], db[adapter], dy[part.rows], x_g, s_g, a, b, scaling[adapter], part.row, dropout_p, seed)
+    empty = dy.new_empty(0)
+    return dx, *([empty if t is None else t.to(dy.dtype) for t in sums] for sums in (da, db))
 
 
-class _Sums:
-    """One gradient an adapter, summed over its segments in their order; in float32 where a half type would round."""
-
-    def __init__(self, like, need):
-        self.like, self.need, self.sums = like, need, [None] * len(like)
-
-    def add(self, adapter: int, term: Tensor, factor: float) -> None:
-        wide = term if term.dtype == torch.float64 else term.float()
-        previous = self.sums[adapter]
-        self.sums[adapter] = wide * factor if previous is None else previous.add_(wide, alpha=factor)
-
-    def results(self) -> list[Tensor]:
-        return [
-            t.new_empty(0) if not needed else torch.zeros_like(t) if total is None else total.to(t.dtype).contiguous()
-            for t, needed, total in zip(self.like, self.need, self.sums, strict=True)
-        ]
+def _native_can(rank: int) -> bool:
+    return rank <= 256 and native.reason_missing() is None
 
 
-def _dropped(u: Tensor, first_row: int, dropout_p: float, seed: int) -> Tensor:
-    """``D(u)``: the mask costs torch's integer arithmetic about ten times what the C++ loop takes."""
-    if dropout_p == 0.0 or native.reason_missing():
-        return reference.dropped(u, first_row, dropout_p, seed)
-    out = torch.empty_like(u, memory_format=torch.contiguous_format)
-    _native_dropout(u.contiguous(), out, first_row, dropout_p, seed, accumulate=False)
-    return out
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """``F.linear`` bit for bit, into ``out``."""
+    return torch.mm(x, weight.mT, out=out) if bias is None else torch.addmm(bias, x, weight.mT, out=out)
 
 
-def _add_dropped(total: Tensor, u: Tensor, first_row: int, dropout_p: float, seed: int) -> None:
-    """``total += D(u)`` in place."""
-    if native.reason_missing():
-        total += reference.dropped(u, first_row, dropout_p, seed)
-    else:
-        _native_dropout(u, total, first_row, dropout_p, seed, accumulate=True)
+def _linear_of_on_rows(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """As ``F.linear`` within rounding, in ``out`` or in a new tensor."""
+    return _onednn_linear(x, weight, bias) if _onednn_wins(x, weight) else _linear(x, weight, bias, out)
 
 
-def _native_dropout(u: Tensor, out: Tensor, first_row: int, dropout_p: float, seed: int, accumulate: bool) -> None:
-    name = f"dropout_{str(u.dtype).removeprefix('torch.')}"
-    key = seed & (2**64 - 1)
-    sizes = (*u.shape, first_row, key, dropout_threshold(dropout_p), 1 - dropout_p, accumulate)
-    native.call(name, u, u.stride(0), out, out.stride(0), *sizes)
+def _onednn_wins(x: Tensor, weight: Tensor) -> bool:
+    """In float32 torch calls MKL, which leaves AVX-512 unused on AMD: oneDNN takes half the time there.
+
+    Below the size its fixed cost of about 10 us shows.
+    """
+    large = x.shape[0] * weight.numel() >= 2**21
+    return large and x.dtype == torch.float32 and torch._C._get_mkldnn_enabled() and torch._C._has_mkldnn
+
+
+def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def _add_torch(y, base, x, s, a, b, scale, first_row, dropout_p, seed):
+    """``y = base + scale S B^T`` with ``S = D(x) A^T``, which ``s`` (None: not wanted) keeps. ``base`` may be ``y``."""
+    projection = dropped(x, first_row, dropout_p, seed) @ a.mT  # [m, r]
+    torch.addmm(base, projection, b.mT, alpha=scale, out=y)
+    if s is not None:
+        s.copy_(projection)
+
+
+def _add_gradients_torch(dx, da, db, dy, x, s, a, b, scale, first_row, dropout_p, seed):
+    """``dS = scale dy B; dx += D(dS A); da += dS^T D(x); db += scale dy^T S``, those of them that are not None."""
+    if db is not None:
+        db.add_((s.mT @ dy).mT, alpha=scale)
+    if dx is None and da is None:
+        return
+    ds = dy @ b  # [m, r], without the factor
+    if da is not None:
+        da.add_(ds.mT @ dropped(x, first_row, dropout_p, seed), alpha=scale)
+    if dx is not None and dropout_p == 0.0:
+        dx.addmm_(ds, a, alpha=scale)
+    elif dx is not None:
+        dx += dropped(scale * (ds @ a), first_row, dropout_p, seed)
+
+
+def _add_native(y, base, x, s, a, b, scale, first_row, dropout_p, seed):
+    matrices = (x, base, y, s)
+    _call("forward", matrices, (), x.shape[0], a, b, scale, first_row, dropout_p, seed)
+
+
+def _add_gradients_native(dx, da, db, dy, x, s, a, b, scale, first_row, dropout_p, seed):
+    _call("backward", (dy, x, s, dx), (da, db), dy.shape[0], a, b, scale, first_row, dropout_p, seed)
+
+
+def _call(phase, matrices, sums, rows, a, b, scale, first_row, dropout_p, seed):
+    (rank, in_features), out_features = a.shape, b.shape[0]
+    threads = max(1, min(torch.get_num_threads(), rows // 32))
+    size = _padded(rank) * (_padded(in_features) + _padded(out_features)) * (threads + 1)
+    work = torch.empty(size, dtype=torch.float64 if a.dtype == torch.float64 else torch.float32)
+    strided = [value for t in matrices for value in ((0, 0) if t is None else _with_stride(t))]
+    native.call(
+        f"lora_{phase}_{str(a.dtype).removeprefix('torch.')}",
+        *strided,
+        *(0 if t is None else t for t in sums),
+        a.contiguous(),
+        b.contiguous(),
+        *(rows, in_features, out_features, rank, scale, first_row),
+        *(seed & (2**64 - 1), dropout_threshold(dropout_p), 1 - dropout_p, work, threads),
+    )
+
+
+def _with_stride(t: Tensor) -> tuple[Tensor, int]:
+    t = t if t.stride(1) == 1 else t.clone(memory_format=torch.contiguous_format)
+    return t, t.stride(0)
+
+
+def _padded(size: int) -> int:
+    return (size + 15) // 16 * 16

@@ -1,0 +1,146 @@
+#include "lora_linear/lora_linear.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <type_traits>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "core/half.h"
+#include "core/philox.h"
+#include "lora_linear/segment.h"
+
+// Vectors as template arguments lose attributes that do not matter there, and are passed only inside inlined functions.
+#pragma GCC diagnostic ignored "-Wignored-attributes"
+#pragma GCC diagnostic ignored "-Wpsabi"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12: in its own intrinsics
+
+#define KL_BFLOAT16_PAIRS 0
+
+namespace baseline {
+#define KL_VECTOR_BYTES 16
+#include "lora_linear/kernels.h"
+#undef KL_VECTOR_BYTES
+}  // namespace baseline
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define KL_X86 1
+
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v3")
+namespace avx2 {
+#define KL_VECTOR_BYTES 32
+#include "lora_linear/kernels.h"
+#undef KL_VECTOR_BYTES
+}  // namespace avx2
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
+namespace avx512 {
+#define KL_VECTOR_BYTES 64
+#include "lora_linear/kernels.h"
+#undef KL_VECTOR_BYTES
+}  // namespace avx512
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v4,avx512bf16,prefer-vector-width=512")
+namespace avx512bf16 {
+#undef KL_BFLOAT16_PAIRS
+#define KL_BFLOAT16_PAIRS 1
+#define KL_VECTOR_BYTES 64
+#include "lora_linear/kernels.h"
+#undef KL_VECTOR_BYTES
+}  // namespace avx512bf16
+#pragma GCC pop_options
+#endif
+
+#undef KL_BFLOAT16_PAIRS
+
+namespace {
+
+enum class Set { baseline, avx2, avx512, avx512bf16 };
+
+// The best set of this processor, or the one that KERNELAB_CPU_SET names where that is less.
+Set instruction_set() {
+  Set set = Set::baseline;
+#ifdef KL_X86
+  if (__builtin_cpu_supports("x86-64-v3")) set = Set::avx2;
+  if (__builtin_cpu_supports("x86-64-v4")) set = __builtin_cpu_supports("avx512bf16") ? Set::avx512bf16 : Set::avx512;
+#endif
+  const char* names[] = {"baseline", "avx2", "avx512", "avx512bf16"};
+  const char* wish = std::getenv("KERNELAB_CPU_SET");
+  for (int i = 0; wish != nullptr && i < static_cast<int>(set); ++i)
+    if (std::strcmp(wish, names[i]) == 0) return static_cast<Set>(i);
+  return set;
+}
+
+template <typename T>
+const kl::Kernels& kernels() {
+  static const kl::Kernels chosen = [] {
+    switch (instruction_set()) {
+#ifdef KL_X86
+      case Set::avx512bf16:
+        return avx512bf16::kernels_of<T>();
+      case Set::avx512:
+        return avx512::kernels_of<T>();
+      case Set::avx2:
+        return avx2::kernels_of<T>();
+#endif
+      default:
+        return baseline::kernels_of<T>();
+    }
+  }();
+  return chosen;
+}
+
+void run(const kl::Kernels& kernels, const kl::Forward& g, int threads) {
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for
+    for (int part = 0; part < threads; ++part) kernels.forward_pack(g, part, threads);
+#pragma omp for
+    for (int part = 0; part < threads; ++part) kernels.forward(g, part, threads);
+  }
+}
+
+void run(const kl::Kernels& kernels, const kl::Backward& g, int threads) {
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for
+    for (int part = 0; part < threads; ++part) kernels.backward_pack(g, part, threads);
+#pragma omp for
+    for (int part = 0; part < threads; ++part) kernels.backward(g, part, threads);
+#pragma omp for
+    for (int part = 0; part < threads; ++part) kernels.backward_reduce(g, part, threads);
+  }
+}
+
+}  // namespace
+
+#define KL_DEFINE_LORA(suffix, type)                                                                                   \
+  extern "C" void kl_lora_forward_##suffix(                                                                            \
+      const void* x, int64_t x_stride, const void* base, int64_t base_stride, void* y, int64_t y_stride, void* s,      \
+      int64_t s_stride, const void* a, const void* b, int64_t rows, int64_t in, int64_t out, int64_t rank,             \
+      double scale, int64_t first_row, uint64_t seed, uint32_t threshold, double keep, void* work, int threads) {      \
+    const kl::Segment segment{a, b, rows, in, out, rank, scale, first_row, seed, threshold, keep, work};               \
+    run(kernels<type>(), kl::Forward{segment, {x, x_stride}, {base, base_stride}, {y, y_stride}, {s, s_stride}},       \
+        threads);                                                                                                      \
+  }                                                                                                                    \
+  extern "C" void kl_lora_backward_##suffix(const void* dy, int64_t dy_stride, const void* x, int64_t x_stride,        \
+                                            const void* s, int64_t s_stride, void* dx, int64_t dx_stride, void* da,    \
+                                            void* db, const void* a, const void* b, int64_t rows, int64_t in,          \
+                                            int64_t out, int64_t rank, double scale, int64_t first_row, uint64_t seed, \
+                                            uint32_t threshold, double keep, void* work, int threads) {                \
+    const kl::Segment segment{a, b, rows, in, out, rank, scale, first_row, seed, threshold, keep, work};               \
+    run(kernels<type>(),                                                                                               \
+        kl::Backward{segment, {dy, dy_stride}, {x, x_stride}, {s, s_stride}, {dx, dx_stride}, da, db}, threads);       \
+  }
+
+KL_DEFINE_LORA(float32, float)
+KL_DEFINE_LORA(float64, double)
+KL_DEFINE_LORA(bfloat16, kl::bfloat16)
+KL_DEFINE_LORA(float16, _Float16)
