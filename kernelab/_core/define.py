@@ -14,6 +14,9 @@ from . import registry
 
 _LIBRARY = torch.library.Library("kernelab", "FRAGMENT")
 
+# What runs inside each raw op, for a dispatch mode that wants to see it.
+BODIES: dict[torch._ops.OpOverload, Callable] = {}
+
 
 def define(op: str, phase: str, signature: str, fake: Callable) -> Callable:
     """Defines ``kernelab::<op>_<phase>`` and returns it.
@@ -36,4 +39,6 @@ def define(op: str, phase: str, signature: str, fake: Callable) -> Callable:
     _LIBRARY.define(name + signature)
     _LIBRARY.impl(name, body, "CompositeExplicitAutograd")
     torch.library.register_fake(f"kernelab::{name}", lambda *args: fake(*args[:-1]), lib=_LIBRARY)
-    return getattr(torch.ops.kernelab, name).default
+    operator = getattr(torch.ops.kernelab, name).default
+    BODIES[operator] = body
+    return operator

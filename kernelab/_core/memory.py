@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch._subclasses import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
@@ -14,6 +15,8 @@ from torch.utils._python_dispatch import (
     is_traceable_wrapper_subclass_type,
 )
 from torch.utils._pytree import tree_leaves
+
+from .define import BODIES
 
 
 class LiveBytes(TorchDispatchMode):
@@ -24,9 +27,9 @@ class LiveBytes(TorchDispatchMode):
         peak: the most that ``current`` has been.
         phases: the peak inside each ``phase``.
 
-    Memory that exists before the block counts only after ``track``. Neither a kernel's own workspace nor an allocator's
-    rounding counts. Under ``FakeTensorMode`` nothing is allocated and the counts are the same: enter it first and make
-    the model inside it. ``UntypedStorage.resize_`` shows when the storage next passes through an operator.
+    Memory that exists before the block counts only after ``track``; an allocator's rounding never counts. Under
+    ``FakeTensorMode`` nothing is allocated and the counts are the same, but for what a kernelab op makes and frees inside
+    itself: enter it first and make the model inside it. ``UntypedStorage.resize_`` shows when the storage next passes through an operator.
 
     Example:
         >>> with LiveBytes() as live:
@@ -72,12 +75,19 @@ class LiveBytes(TorchDispatchMode):
             for storage in _storages((args, kwargs)):
                 if storage._cdata not in self._bytes:
                     self._register(storage, None)
-        result = func(*args, **(kwargs or {}))
+        result = self._run(func, args, kwargs or {})
         for storage in _storages(result):
             if storage._cdata not in self._bytes:
                 self._register(storage, 0)
             self._measure(storage)
         return result
+
+    def _run(self, func, args, kwargs):
+        body = BODIES.get(func)
+        if body is None or any(isinstance(leaf, FakeTensor) for leaf in tree_leaves(args)):
+            return func(*args, **kwargs)
+        with self:  # which is off while it dispatches
+            return body(*args, **kwargs)
 
     def _register(self, storage: torch.UntypedStorage, size: int | None) -> None:
         if storage._cdata not in self._bytes:

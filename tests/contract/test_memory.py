@@ -14,6 +14,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from kernelab._core import memory
 from kernelab._core.memory import LiveBytes, saved_bytes
+from kernelab.ops import lora_linear
 
 FLOAT = 4
 
@@ -182,6 +183,15 @@ def test_counts_survive_an_exception():
         torch.ones(3) + torch.ones(4)
     assert live.current == 0
     assert live.phases["failing"] == 7 * FLOAT
+
+
+def test_an_op_of_the_library_shows_what_it_makes_and_frees_inside():
+    x, weight, a, b = torch.ones(8, 16), torch.ones(4, 16), torch.ones(2, 16), torch.ones(4, 2)
+    with torch.no_grad(), LiveBytes() as live:
+        y = lora_linear(x, weight, lora_a=[a], lora_b=[b], scaling=1.0, backend="reference")
+    assert live.current == y.numel() * FLOAT
+    # S [8, 2] and three of [8, 4] live at once in the definition: y, S B^T, and its multiple or the sum.
+    assert live.peak >= (8 * 2 + 3 * 8 * 4) * FLOAT
 
 
 def test_saved_bytes_closed_forms():
