@@ -28,8 +28,9 @@ class LiveBytes(TorchDispatchMode):
         phases: the peak inside each ``phase``.
 
     Memory that exists before the block counts only after ``track``; an allocator's rounding never counts. Under
-    ``FakeTensorMode`` nothing is allocated and the counts are the same, but for what a kernelab op makes and frees inside
-    itself: enter it first and make the model inside it. ``UntypedStorage.resize_`` shows when the storage next passes through an operator.
+    ``FakeTensorMode`` nothing is allocated and the counts are the same, but for what a kernelab op makes and frees
+    inside itself: enter it first and make the model inside it. ``UntypedStorage.resize_`` shows when the storage next
+    passes through an operator.
 
     Example:
         >>> with LiveBytes() as live:

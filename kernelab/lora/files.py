@@ -109,7 +109,11 @@ def load_adapter(
         AdapterFileError: a file is missing, broken, of an unsupported kind, or does not fit; the message names the file
             and the key. The model is unchanged.
 
-    >>> model = load_adapter(model, "runs/actor", "actor")
+    >>> save_adapter(model, "actor", "runs/actor")
+    >>> base = load_adapter(base, "runs/actor", "actor")
+    >>> with role(base, "actor"), role(model, "actor"):
+    ...     torch.equal(base(x), model(x))
+    True
     """
     check_name("load_adapter", "name", name)
     check_dtype("load_adapter", dtype)

@@ -30,12 +30,7 @@ def check_finite(phase: str, step: int, metrics: dict[str, float]) -> None:
 
 
 class PPO:
-    """The optimizer of the two roles that train, and the three parts of a step.
-
-    >>> ppo = PPO(roles, encoder, config)
-    >>> answers = ppo.answer(prompts)
-    >>> metrics = ppo.update(answers, ppo.score(answers))
-    """
+    """The optimizer of the two roles that train, and the three parts of a step: answer, score, update."""
 
     def __init__(self, roles: Roles, encoder: Encoder, config: Config):
         self.roles, self.encoder, self.config = roles, encoder, config
