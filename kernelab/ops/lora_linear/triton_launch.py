@@ -20,7 +20,7 @@ from kernelab._core.spec import Launch
 
 from . import triton_kernels as kernels
 from .reference import Segment, segments
-from .triton_tuning import FUSE_MAX_RANK, Configuration, capability, configuration
+from .triton_tuning import Configuration, capability, configuration
 
 NO_DROPOUT = {"seed": 0, "threshold": 0, "DROPOUT": False}
 
@@ -135,7 +135,7 @@ def plan_backward(dy, x, s, weight, lora_a, lora_b, rows: Rows, scaling, dropout
     da, db = _gradients(lora_a, need_a, rows), _gradients(lora_b, need_b, rows)
     launches = []
 
-    once = train_b == through and width <= FUSE_MAX_RANK  # dy is read once, for dB and for dS
+    once = train_b == through and of_y.once
     if train_b:
         tiles = tile_table(rows, train_b, of_y.gram.rows, dy.device)
         parts = cdiv(n, of_y.gram.columns)

@@ -10,7 +10,7 @@ import torch
 
 from kernelab._core.spec import Launch
 
-from .triton_tuning import FUSE_MAX_RANK, Configuration, configuration
+from .triton_tuning import Configuration, configuration
 
 ENTRY = 4 * 8  # bytes of a tile table's entry
 
@@ -111,7 +111,7 @@ def triton_bytes(arguments: dict) -> tuple[int, int]:
 
     if not parts:
         return 0, 0
-    once, dropout = width <= FUSE_MAX_RANK, arguments["dropout_p"] > 0
+    once, dropout = to_y.once, arguments["dropout_p"] > 0
     forward = shrink(to_y, k) + main(to_y, k, n, False, has_bias, not has_weight)
     backward = gram(to_y, n, once) + (0 if once else shrink(to_x, n)) + gram(to_x, k, False)
     return forward, backward + main(to_x, n, k, dropout, False, False)

@@ -10,9 +10,6 @@ from typing import NamedTuple
 
 import torch
 
-# The kernel that reads dy once for dS and dB writes partial sums of dS; above this rank a second read costs no more.
-FUSE_MAX_RANK = 32
-
 # Where the main GEMM is Triton's, with the adapter inside; elsewhere it is cuBLAS's, and a kernel adds the adapter.
 # float32 is elsewhere because Triton multiplies it without tensor cores. Not yet measured on a GPU.
 FUSED_DTYPES = (torch.bfloat16, torch.float16)
@@ -36,6 +33,7 @@ class Configuration(NamedTuple):
     """Blocks of every kernel that reads rows of ``inner`` elements or writes rows of ``columns``."""
 
     fused: bool  # the main GEMM has the adapter inside
+    once: bool  # gram reads dy once for dB and dS
     main: Blocks
     main_dropout: Blocks
     expand: Blocks
@@ -59,22 +57,25 @@ def configuration(columns: int, inner: int, rank: int, dtype: torch.dtype, capab
     fast = dtype.itemsize == 2 and columns % 16 == 0 and inner % 16 == 0  # tensor cores and asynchronous copies
     amd, datacenter = capability == 0, capability in (90, 100, 103)
     stages = 2 if amd else 3
-    rank, rank_block = _power_of_two(rank), min(_power_of_two(rank), 128 if fast else 32)
-    if not fast:
-        main, shrink, gram = Blocks(64, 64, 32, 4, stages), Blocks(32, 0, 32, 4, stages), Blocks(0, 64, 32, 4, stages)
-    else:
+    rank_block = min(_power_of_two(rank), 128 if fast else 32)
+    if fast:
         main = Blocks(128, 256 if datacenter or capability == 80 else 128, 64 if datacenter else 32, 8, stages)
         shrink = Blocks(32, 0, 64, 4, 5 if datacenter else stages)
         gram = Blocks(0, 256 if rank <= 64 else 128, 64, 8, stages) if datacenter else Blocks(0, 128, 32, 8, stages)
+    else:
+        # gram: at 64 columns, with dropout, Triton 3.7 makes tf32 of float32 on sm_100, whatever precision one asks for
+        main, shrink, gram = Blocks(64, 64, 32, 4, stages), Blocks(32, 0, 32, 4, stages), Blocks(0, 32, 32, 4, stages)
     main = main._replace(columns=min(main.columns, _power_of_two(columns)))
-    gram_rows = 32 * -(-columns // gram.columns)  # a program for every multiprocessor from 4096 rows on
+    # Rows of one partial sum: a program for every multiprocessor from 4096 rows on, but few bytes beside those of x.
+    rows = max(32 * -(-columns // gram.columns), 8 * rank)
     return Configuration(
         fused=dtype in FUSED_DTYPES,
+        once=16 * rank <= gram.columns * dtype.itemsize,  # partial sums of dS: at most half the bytes of dy
         main=main,
         main_dropout=main._replace(columns=min(main.columns, 128)),
         expand=Blocks(64, 64, 0, 4, 1),
         shrink=shrink,
-        gram=gram._replace(rows=min(1024, max(128, _power_of_two(gram_rows)))),
+        gram=gram._replace(rows=min(1024, max(128, _power_of_two(rows)))),
         rank_step=min(rank_block, 64 if datacenter else 32),
         rank_block=rank_block,
     )
