@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from kernelab._core.philox import dropout_mask
+from kernelab._core.philox import STREAM_DROPOUT, dropout_mask, philox
 from kernelab.ops.lora_linear import reference, triton_spec
 from kernelab.ops.lora_linear.spec import SPECS
 from tests.bench.sanitizer import sanitizer
@@ -146,19 +146,22 @@ def test_dropout_is_the_mask_of_the_definition(triton, fused, rows, columns, p, 
         torch.testing.assert_close(da[0], mask.sum(0) / (1 - p), rtol=1e-6, atol=0)
 
 
-def test_rows_beyond_32_bits_have_their_own_mask_and_offsets(triton):
-    row, columns = 2**33 + 2**31 - 3, 40
-    tiles = torch.tensor([[row, row + 9, 0, 0]])
-    out = torch.empty(9, columns)
-    config = triton.configuration(columns, columns, columns, torch.float32, 90)
-    rows = triton.routing((9,), (0,), (True,))
-    x = torch.ones(1, columns).expand(9, -1)  # row stride 0: every row is the first
-    launch = triton._shrink(
-        "", x, triton._factors([torch.eye(columns)], rows, True), out, rows, (0,), config, 1.0, triton._dropout(0.5, 5)
+@pytest.mark.parametrize("word", range(4))
+def test_rows_beyond_32_bits_and_a_word_on_the_threshold(triton, word):
+    row, columns, seed = 2**33 + 2**31 - 3, 40, 5
+    value = philox(seed, torch.tensor(6), torch.tensor(row + 2), stream=STREAM_DROPOUT)[word].item()
+    p = value / 2**32  # exact: element (row + 2, 24 + word) just reaches the threshold, and is kept
+    config, rows = (
+        triton.configuration(columns, columns, columns, torch.float32, 90),
+        triton.routing((9,), (0,), (True,)),
     )
-    launch.args["tiles_ptr"] = tiles
+    x, out = torch.ones(1, columns).expand(9, -1), torch.empty(9, columns)  # row stride 0: every row is the first
+    eye, dropout = triton._factors([torch.eye(columns)], rows, True), triton._dropout(p, seed)
+    launch = triton._shrink("", x, eye, out, rows, (0,), config, 1.0, dropout)
+    launch.args["tiles_ptr"] = torch.tensor([[row, row + 9, 0, 0]])
     launch.kernel[launch.grid](**launch.args, **launch.options)
-    assert torch.equal(out, dropout_mask(5, 0.5, row, 9, columns, x.device).float())
+    assert torch.equal(out, dropout_mask(seed, p, row, 9, columns, x.device).float())
+    assert out[2, 24 + word] == 1
 
 
 @pytest.mark.parametrize("whole", [True, False])

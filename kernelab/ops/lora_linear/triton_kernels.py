@@ -4,6 +4,7 @@ Rows come in tiles. Entry ``t`` of the tile table is ``(row, end, adapter, slot)
 input, all of one adapter (-1: off); ``slot`` is the place of the first of them in tensors that hold only rows with an
 adapter. ``factors`` are the matrices A [rank, features] (``RANK_FIRST``) or B [features, rank] of the adapters in use
 and ``ranks`` their ranks, as tuples; ``width`` is the largest rank. Every offset that grows with the rows is an int64.
+Numbers that change from batch to batch are not specialised on, so that they compile nothing.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def _adapter_term(
     return total * _select(scalings, adapter)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def _lora_linear_main_kernel(
     x_ptr, w_ptr, bias_ptr, t_ptr, factors, y_ptr, tiles_ptr, ranks, scalings,
     tiles, N, K, width, stride_x, stride_wn, stride_wk, seed: tl.int64, threshold: tl.int64,
@@ -180,7 +181,7 @@ def _lora_linear_shrink_kernel(
     tl.store(t_ptrs, (total * factor).to(t_ptr.dtype.element_ty), mask=row_mask & (r[None, :] < width))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots"])
 def _lora_linear_gram_kernel(
     x_ptr, t_ptr, factors, partial_ptr, shrunk_ptr, tiles_ptr, ranks,
     slots, C, width, stride_x, seed: tl.int64, threshold: tl.int64,
@@ -227,7 +228,7 @@ def _lora_linear_gram_kernel(
     tl.store(partial_ptr + offsets, total, mask=column_mask[:, None] & (r[None, :] < width))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "count"])
 def _lora_linear_reduce_kernel(
     partial_ptr, out_ptr, first, count, size, columns, stride, step, factor,
     BLOCK_S: tl.constexpr, BLOCK: tl.constexpr,

@@ -73,7 +73,7 @@ def configuration(columns: int, inner: int, rank: int, dtype: torch.dtype, capab
         once=16 * rank <= gram.columns * dtype.itemsize,  # partial sums of dS: at most half the bytes of dy
         main=main,
         main_dropout=main._replace(columns=min(main.columns, 128)),
-        expand=Blocks(64, 64, 0, 4, 1),
+        expand=Blocks(64, min(64, _power_of_two(columns)), 0, 4, 1),
         shrink=shrink,
         gram=gram._replace(rows=min(1024, max(128, _power_of_two(rows)))),
         rank_step=min(rank_block, 64 if datacenter else 32),
