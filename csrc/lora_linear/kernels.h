@@ -54,10 +54,9 @@ struct Pairs {
 };
 #endif
 
-constexpr int kRows = 32;         // of x and dy in work at once; a multiple of kPad
-constexpr int kPanelBytes = 512;  // of a row of x and dy in work at once
-constexpr int kRankStride =
-    256 + 16;  // of S in work: the largest rank, and no power of two, which would share cache sets
+constexpr int kRows = 32;              // of x and dy in work at once; a multiple of kPad
+constexpr int kPanelBytes = 512;       // of a row of x and dy in work at once
+constexpr int kRankStride = 256 + 16;  // the largest rank, and no power of two: rows would share cache sets
 
 // One tile of C in registers. It is summed from zero and then added, so that long sums round as short ones.
 template <typename M, int kHeight, int kWidth, bool kFresh, int kRowStep, int kDepthStep>
@@ -204,24 +203,27 @@ struct Adapter {
   static KL_INLINE void pack(Unit* to, int64_t to_stride, const void* from_data, int64_t depth_step,
                              int64_t column_step, int64_t depth, int64_t columns, int part, int parts) {
     const T* from = static_cast<const T*>(from_data);
-    const int64_t units = (kl::padded(depth)) / kDepth;
-    for (int64_t p = units * part / parts; p < units * (part + 1) / parts; ++p) {
-      Element* row = reinterpret_cast<Element*>(to + p * to_stride);
-      for (int d = 0; d < kDepth; ++d) {
-        const int64_t source = p * kDepth + d, count = source < depth ? columns : 0;
-        for (int64_t j = 0; j < count; ++j)
-          row[j * kDepth + d] = static_cast<Element>(static_cast<Sum>(from[source * depth_step + j * column_step]));
-        for (int64_t j = count; j < to_stride; ++j) row[j * kDepth + d] = Element(Sum{0});
-      }
-    }
+    const int64_t units = kl::padded(depth) / kDepth;
+    // Strips of kPad columns, whose cache lines outlast a walk along either dimension.
+    for (int64_t first = 0; first < to_stride; first += kl::kPad)
+      for (int64_t p = units * part / parts; p < units * (part + 1) / parts; ++p)
+        for (int d = 0; d < kDepth; ++d) {
+          const int64_t source = p * kDepth + d;
+          Element* strip = reinterpret_cast<Element*>(to + p * to_stride + first);
+          const T* column = from + source * depth_step + first * column_step;
+          const int64_t count = source < depth ? std::clamp<int64_t>(columns - first, 0, kl::kPad) : 0;
+          for (int64_t j = 0; j < count; ++j)
+            strip[j * kDepth + d] = static_cast<Element>(static_cast<Sum>(column[j * column_step]));
+          for (int64_t j = count; j < kl::kPad; ++j) strip[j * kDepth + d] = Element(Sum{0});
+        }
   }
 
   // memcpy, which the compiler would turn into a string instruction: slow for so few bytes.
   static KL_INLINE void copy(T* to, const T* from, int64_t count) {
-    constexpr int kLanes = KL_VECTOR_BYTES / sizeof(T);
+    constexpr int kWidth = KL_VECTOR_BYTES / sizeof(T);
     using Bits = std::conditional_t<sizeof(T) == 2, uint16_t, T>;
     int64_t j = 0;
-    for (; j + kLanes <= count; j += kLanes)
+    for (; j + kWidth <= count; j += kWidth)
       *reinterpret_cast<vec<Bits>*>(to + j) = *reinterpret_cast<const vec<Bits>*>(from + j);
     for (; j < count; ++j) to[j] = from[j];
   }
@@ -240,9 +242,9 @@ struct Adapter {
       const T* source = static_cast<const T*>(from.data) + (row + i) * from.stride + column;
       Element* to = panel + i * panel_stride;
       prefetch_next(source, from.stride, column, size);
-      const Sum* f = factor + i * kColumns;
       if (factor != nullptr)
-        for (int64_t j = 0; j < columns; ++j) to[j] = static_cast<Element>(static_cast<Sum>(source[j]) * f[j]);
+        for (int64_t j = 0; j < columns; ++j)
+          to[j] = static_cast<Element>(static_cast<Sum>(source[j]) * factor[i * kColumns + j]);
       else if constexpr (std::is_same_v<T, Element>)
         copy(to, source, columns);
       else
@@ -276,11 +278,10 @@ struct Adapter {
       T* target = static_cast<T*>(to.data) + (row + i) * to.stride + column;
       prefetch_next(source, from.stride, column, size);
       const Sum* p = product + i * kColumns;
-      const Sum* f = factor + i * kColumns;
       if (factor != nullptr)
 #pragma GCC ivdep
         for (int64_t j = 0; j < columns; ++j)
-          target[j] = static_cast<T>(static_cast<Sum>(source[j]) + scale * p[j] * f[j]);
+          target[j] = static_cast<T>(static_cast<Sum>(source[j]) + scale * p[j] * factor[i * kColumns + j]);
       else
 #pragma GCC ivdep
         for (int64_t j = 0; j < columns; ++j) target[j] = static_cast<T>(static_cast<Sum>(source[j]) + scale * p[j]);

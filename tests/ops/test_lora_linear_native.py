@@ -184,7 +184,14 @@ def test_large_float32_and_a_rank_beyond_the_kernels(dropout_p):
     assert cpu_kernels._onednn_wins(x[:100], weight) == torch.backends.mkldnn.is_available()
 
 
-def test_a_single_column_of_a_transposed_matrix():
-    call = {"weight": torch.randn(7, 1), "lora_a": torch.randn(1, 2, 1), "lora_b": torch.randn(1, 7, 2), "scaling": 1.0}
-    x = torch.randn(5, 8).mT[:, :1]
+def test_single_columns_of_transposed_matrices():
+    """Their last stride is not 1, though torch calls them contiguous."""
+    call = {
+        "weight": torch.randn(7, 1),
+        "lora_a": [torch.randn(1, 1)],
+        "lora_b": [torch.randn(9, 7).mT[:, :1]],
+        "scaling": 1.0,
+    }
+    assert call["lora_b"][0].stride(1) != 1
+    x = torch.randn(8, 5).mT[:, :1]
     torch.testing.assert_close(lora_linear(x, **call, backend="cpu"), lora_linear(x, **call, backend="reference"))

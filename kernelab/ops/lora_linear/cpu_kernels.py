@@ -111,12 +111,12 @@ def _add_gradients_torch(dx, da, db, dy, x, s, a, b, scale, first_row, dropout_p
 
 
 def _add_native(y, base, x, s, a, b, scale, first_row, dropout_p, seed):
-    matrices = (x, base, y, s)
-    _call("forward", matrices, (), x.shape[0], a, b, scale, first_row, dropout_p, seed)
+    _call("forward", (_row_major(x), _row_major(base), y, s), (), x.shape[0], a, b, scale, first_row, dropout_p, seed)
 
 
 def _add_gradients_native(dx, da, db, dy, x, s, a, b, scale, first_row, dropout_p, seed):
-    _call("backward", (dy, x, s, dx), (da, db), dy.shape[0], a, b, scale, first_row, dropout_p, seed)
+    x = None if x is None else _row_major(x)
+    _call("backward", (_row_major(dy), x, s, dx), (da, db), dy.shape[0], a, b, scale, first_row, dropout_p, seed)
 
 
 def _call(phase, matrices, sums, rows, a, b, scale, first_row, dropout_p, seed):
@@ -124,21 +124,20 @@ def _call(phase, matrices, sums, rows, a, b, scale, first_row, dropout_p, seed):
     threads = max(1, min(torch.get_num_threads(), rows // 32))
     size = _padded(rank) * (_padded(in_features) + _padded(out_features)) * (threads + 1)
     work = torch.empty(size, dtype=torch.float64 if a.dtype == torch.float64 else torch.float32)
-    strided = [value for t in matrices for value in ((0, 0) if t is None else _with_stride(t))]
     native.call(
         f"lora_{phase}_{str(a.dtype).removeprefix('torch.')}",
-        *strided,
+        *(value for t in matrices for value in ((0, 0) if t is None else (t, t.stride(0)))),
         *(0 if t is None else t for t in sums),
-        a.contiguous(),
-        b.contiguous(),
+        _row_major(a.contiguous()),
+        _row_major(b.contiguous()),
         *(rows, in_features, out_features, rank, scale, first_row),
         *(seed & (2**64 - 1), dropout_threshold(dropout_p), 1 - dropout_p, work, threads),
     )
 
 
-def _with_stride(t: Tensor) -> tuple[Tensor, int]:
-    t = t if t.stride(1) == 1 else t.clone(memory_format=torch.contiguous_format)
-    return t, t.stride(0)
+def _row_major(t: Tensor) -> Tensor:
+    """``t`` with a last stride of 1, which ``contiguous`` does not promise of a single column."""
+    return t if t.stride(1) == 1 else t.clone(memory_format=torch.contiguous_format)
 
 
 def _padded(size: int) -> int:
