@@ -195,6 +195,7 @@ def test_hydra_sft_loss_row_by_row(trunk, head, sequences, prompts):
     worse = [head(hidden[-1])[0] for _, _, hidden in each_row(trunk, rejected)]
     margins = torch.stack(rewards) - torch.stack(worse)
     torch.testing.assert_close(loss.pair, -F.logsigmoid(margins).mean())
+    torch.testing.assert_close(loss.centre, (torch.stack(rewards) + torch.stack(worse)).square().mean())
     torch.testing.assert_close(loss.answer, torch.cat(answers).mean(), rtol=0, atol=1e-10)
     expected = torch.cat(texts).mean() if prompts else torch.zeros(()).double()
     torch.testing.assert_close(loss.prompt, expected, rtol=0, atol=1e-10)

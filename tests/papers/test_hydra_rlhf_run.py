@@ -184,7 +184,9 @@ def test_what_cannot_run_is_refused(tmp_path, data, capsys, flags, message):
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, data, capsys, monkeypatch, phase, name):
     nan = torch.tensor(math.nan, requires_grad=True)
     if phase == "sft":
-        broken = SFTLoss(pair=nan * 1, answer=nan.detach(), prompt=nan.detach(), accuracy=nan.detach())
+        broken = SFTLoss(
+            pair=nan * 1, centre=nan.detach(), answer=nan.detach(), prompt=nan.detach(), accuracy=nan.detach()
+        )
         monkeypatch.setattr(train_module, "sft_loss", lambda *args, **kwargs: broken)
     else:
         monkeypatch.setattr("kernelab.papers.hydra_rlhf.optimise.value_loss", lambda value, *args: (value * nan).sum())

@@ -14,8 +14,17 @@ _POSITIVE = (
     *("lora_r", "lora_alpha"),
 )
 _NOT_NEGATIVE = (
-    *("sft_steps", "sft_coef", "prompt_coef", "weight_decay", "ppo_steps", "kl_coef", "vf_coef"),
-    *("missing_eos_penalty", "eval_prompts", "cost_steps"),
+    *(
+        "sft_steps",
+        "sft_coef",
+        "center_rewards_coefficient",
+        "prompt_coef",
+        "weight_decay",
+        "ppo_steps",
+        "kl_coef",
+        "vf_coef",
+    ),
+    *("muon_learning_rate", "missing_eos_penalty", "eval_prompts", "cost_steps"),
 )
 _FRACTIONS = ("gamma", "lam")
 
@@ -46,11 +55,15 @@ class Config:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the trunk in PPO, and of autocast in Hydra-SFT, whose weights stay float32."""
 
-    sft_steps: int = 280
+    sft_steps: int = 420
     sft_batch_size: int = 32
-    sft_learning_rate: float = 2e-3
+    sft_learning_rate: float = 1e-2
+    muon_learning_rate: float = 5e-3
+    """Of Muon, which then trains the matrices of the trunk's layers in Hydra-SFT; 0: AdamW trains them too."""
     sft_coef: float = 1.0
     """Weight of the cross-entropy of the chosen answer in Hydra-SFT's loss; the pair loss has weight 1."""
+    center_rewards_coefficient: float = 0.05
+    """Weight of the square of both rewards' sum, which keeps a prompt from moving its answers' rewards together."""
     prompt_coef: float = 0.3
     """Weight of the cross-entropy of the prompt, which the paper does not have: an untrained trunk learns to read."""
     weight_decay: float = 0.1

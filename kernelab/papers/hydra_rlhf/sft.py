@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from kernelab.papers.hydra_rlhf.config import Config
 from kernelab.papers.hydra_rlhf.model import pair_states, rewards
 from kernelab.papers.hydra_rlhf.tokens import Sequences
 
@@ -18,12 +19,15 @@ class SFTLoss:
     """The parts of Hydra-SFT's loss, each a mean, and the share of pairs that are ranked right."""
 
     pair: Tensor
+    centre: Tensor
     answer: Tensor
     prompt: Tensor
     accuracy: Tensor
 
-    def total(self, sft_coef: float, prompt_coef: float) -> Tensor:
-        return self.pair + sft_coef * self.answer + prompt_coef * self.prompt
+    def total(self, config: Config) -> Tensor:
+        """The loss that Hydra-SFT descends."""
+        reward = self.pair + config.center_rewards_coefficient * self.centre
+        return reward + config.sft_coef * self.answer + config.prompt_coef * self.prompt
 
 
 def pair_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
@@ -49,6 +53,7 @@ def sft_loss(lm: PreTrainedModel, head: nn.Linear, chosen: Sequences, rejected: 
     answers = torch.arange(begin + 1, chosen.tokens.shape[1], device=nll.device) >= chosen.prompt_length
     return SFTLoss(
         pair=pair_loss(reward_chosen, reward_rejected),
+        centre=(reward_chosen + reward_rejected).square().mean(),
         answer=_mean(nll, predicted & answers),
         prompt=_mean(nll, predicted & ~answers),
         accuracy=(reward_chosen > reward_rejected).float().mean(),

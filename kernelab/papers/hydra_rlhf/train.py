@@ -52,27 +52,44 @@ def train(config: Config, run: Run) -> dict[str, Any]:
 
 def supervise(config: Config, run: Run, task: Task) -> None:
     """Phase ``sft``: Hydra-SFT."""
+    optimizers = sft_optimizers(config, task)
+    peaks = {name: optimizer.defaults["lr"] for name, optimizer in optimizers.items()}
     parameters = [*task.lm.parameters(), *task.head.parameters()]
-    optimizer = torch.optim.AdamW(
-        parameters, lr=config.sft_learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay
-    )
-    state = {"lm": task.lm, "head": task.head, "optimizer": optimizer}
+    state = {"lm": task.lm, "head": task.head, **optimizers}
     start = run.restore(state, phase="sft")
     for step in run.steps(start, config.sft_steps, "Hydra-SFT"):
-        for group in optimizer.param_groups:
-            group["lr"] = config.sft_learning_rate * warm_cosine(step, config.sft_steps)
+        for name, optimizer in optimizers.items():
+            optimizer.param_groups[0]["lr"] = peaks[name] * warm_cosine(step, config.sft_steps)
         rows = shuffled(step, config.sft_batch_size, len(task.pairs), config.seed)
         losses = sft_loss(task.lm, task.head, *task.pairs.pairs(rows), prompts=config.prompt_coef > 0)
-        loss = losses.pair + config.sft_coef * losses.answer + config.prompt_coef * losses.prompt
-        optimizer.zero_grad()
+        loss = losses.total(config)
+        for optimizer in optimizers.values():
+            optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
         metrics = {name: value.item() for name, value in {"loss": loss, "norm": norm, **vars(losses)}.items()}
         run.log(step, metrics)
         check_finite("Hydra-SFT", step, metrics)
-        optimizer.step()
+        for optimizer in optimizers.values():
+            optimizer.step()
         if run.should_checkpoint(step, every=max(1, config.sft_steps // 5)):
             run.save(step, state)
+
+
+def sft_optimizers(config: Config, task: Task) -> dict[str, torch.optim.Optimizer]:
+    """Muon (Jordan et al., 2024) for the matrices of the trunk's layers, if it is asked for, and AdamW for the rest."""
+    names = {f"{layer}.weight" for layer in linear_layers(task.lm)} if config.muon_learning_rate else set()
+    matrices = [p for name, p in task.lm.named_parameters() if name in names]
+    others = [p for name, p in task.lm.named_parameters() if name not in names]
+    decay = {"weight_decay": config.weight_decay}
+    made: dict[str, torch.optim.Optimizer] = {
+        "adamw": torch.optim.AdamW(
+            [*others, *task.head.parameters()], lr=config.sft_learning_rate, betas=(0.9, 0.95), **decay
+        )
+    }
+    if matrices:
+        made["muon"] = torch.optim.Muon(matrices, lr=config.muon_learning_rate, adjust_lr_fn="match_rms_adamw", **decay)
+    return made
 
 
 def warm_cosine(step: int, steps: int, warm_up: int = 30) -> float:
