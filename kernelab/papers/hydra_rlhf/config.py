@@ -74,11 +74,11 @@ class Config:
     lora_alpha: float = 16
     target_modules: tuple[str, ...] = ()
     """Layers that get adapters, by the end of their names; none: every linear layer of the trunk."""
-    ppo_steps: int = 50
-    batch_size: int = 48
+    ppo_steps: int = 40
+    batch_size: int = 64
     """Prompts answered in each PPO step."""
-    num_mini_batches: int = 1
-    num_ppo_epochs: int = 2
+    num_mini_batches: int = 4
+    num_ppo_epochs: int = 1
     learning_rate: float = 2e-3
     """Of the actor's adapter."""
     critic_learning_rate: float = 2e-3
