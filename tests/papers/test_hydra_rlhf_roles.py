@@ -1,6 +1,9 @@
 """Four models on one trunk are four models: in what they score, and in what their gradients reach."""
 
 import copy
+import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,10 +12,12 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from kernelab._core.errors import KernelabError
 from kernelab.lora import LoRAConfig
+from kernelab.papers.hydra_rlhf.config import Config
 from kernelab.papers.hydra_rlhf.model import digest, linear_layers, new_reward_head, pair_states
+from kernelab.papers.hydra_rlhf.optimise import PPO, TrainingDiverged, check_finite
 from kernelab.papers.hydra_rlhf.roles import HydraRoles, LoRARoles, Trained
 from kernelab.papers.hydra_rlhf.sft import sft_loss
-from kernelab.papers.hydra_rlhf.tokens import join
+from kernelab.papers.hydra_rlhf.tokens import join, stack
 
 B, P, R, V, D = 3, 5, 4, 32, 16
 TEMPERATURE = 0.8
@@ -212,3 +217,64 @@ def test_two_answers_that_share_a_prompt_do_not_see_each_other(trunk, sequences,
     with torch.no_grad():
         for found, side in zip(pair_states(trunk, sequences, rejected), (sequences, rejected), strict=True):
             check_rows(found, (hidden for _, _, hidden in each_row(trunk, side)), side.mask, atol=1e-5)
+
+
+def ppo_of(trunk, head, **settings):
+    config = Config(batch_size=6, num_mini_batches=1, num_ppo_epochs=2, temperature=TEMPERATURE, **settings)
+    return PPO(make(HydraRoles, trunk, head), SimpleNamespace(end=1), config)
+
+
+@pytest.mark.parametrize("trunk", [llama], indirect=True)
+def test_a_mini_batch_in_parts_takes_the_same_step(trunk, head, sequences):
+    batch = stack(sequences, sequences[torch.tensor([2, 0, 1])])
+    moved, numbers = [], []
+    for parts in (1, 3):
+        ppo = ppo_of(trunk, head, gradient_accumulation_steps=parts)
+        torch.manual_seed(5)
+        numbers.append(ppo.update(batch, ppo.score(batch)))
+        moved.append([*ppo.roles.actor_parameters(), *ppo.roles.critic_parameters()])
+    assert numbers[0] == pytest.approx(numbers[1], abs=1e-9)
+    for whole, in_parts in zip(*moved, strict=True):
+        torch.testing.assert_close(whole, in_parts, rtol=0, atol=1e-7)  # Adam divides by small gradients
+
+
+@pytest.mark.parametrize("trunk", [llama], indirect=True)
+def test_an_update_moves_the_roles_and_nothing_else(trunk, head, sequences):
+    ppo = ppo_of(trunk, head)
+    batch = stack(sequences, sequences)
+    base = ppo.roles.base_digest()
+    before = {name: p.detach().clone() for name, p in ppo.roles.named_parameters()}
+    metrics = ppo.update(batch, ppo.score(batch))
+    assert metrics["ratio_error"] == pytest.approx(0, abs=1e-12)
+    assert ppo.roles.base_digest() == base
+    for name, parameter in ppo.roles.named_parameters():
+        assert torch.equal(parameter, before[name]) != parameter.requires_grad, name
+
+
+@pytest.mark.parametrize("trunk", [llama], indirect=True)
+def test_a_step_that_is_not_finite_is_not_taken(trunk, head, sequences):
+    ppo = ppo_of(trunk, head)
+    scores = ppo.score(sequences)
+    scores.reward[1] = torch.inf
+    before = [p.detach().clone() for p in ppo.roles.parameters()]
+    metrics = ppo.update(sequences, scores)
+    assert not math.isfinite(metrics["value_loss"])
+    assert all(torch.equal(*pair) for pair in zip(before, ppo.roles.parameters(), strict=True))
+    with pytest.raises(TrainingDiverged, match=r"PPO step 7: .*value_loss = "):
+        check_finite("PPO", 7, metrics)
+
+
+@pytest.mark.parametrize("trunk", [llama], indirect=True)
+def test_only_answers_without_an_end_are_penalised(trunk, head, sequences):
+    tokens = sequences.tokens.masked_fill(sequences.tokens == 1, 2)
+    tokens[0, sequences.last[0]] = 1
+    batch = replace(sequences, tokens=tokens)
+    returns = []
+    for penalty in (0.0, 3.0):
+        ppo = ppo_of(trunk, head, missing_eos_penalty=penalty, lam=1.0, kl_coef=0.0)
+        scores = ppo.score(batch)
+        ppo._minibatch = lambda sequences, scores, advantage, returned: returns.append(returned) or {"ratio_error": 0.0}
+        torch.manual_seed(0)
+        assert ppo.update(batch, scores)["unfinished"] == pytest.approx(2 / 3)
+    loss = (returns[0] - returns[2]).max(1).values
+    assert sorted(loss.tolist()) == pytest.approx([0.0, 3.0, 3.0])

@@ -170,7 +170,7 @@ def test_bfloat16_runs(tmp_path, data):
         (["--sft-steps", "0"], "no reward head"),
         (["--lam", "1.5"], "lam"),
         (["--learning-rate", "0"], "learning_rate"),
-        (["--num-mini-batches", "4"], "divisor of batch_size=6"),
+        (["--num-mini-batches", "4"], "equal parts of batch_size=6"),
         (["--target-modules", "q_prj"], "q_prj"),
     ],
 )

@@ -11,7 +11,7 @@ _POSITIVE = (
     *("prompt_length", "response_length", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
     *("rejected_per_prompt", "sft_batch_size", "sft_learning_rate", "batch_size", "num_mini_batches", "num_ppo_epochs"),
     *("learning_rate", "critic_learning_rate", "max_grad_norm", "cliprange", "cliprange_value", "temperature"),
-    *("lora_r", "lora_alpha"),
+    *("gradient_accumulation_steps", "lora_r", "lora_alpha"),
 )
 _NOT_NEGATIVE = (
     *(
@@ -77,9 +77,11 @@ class Config:
     ppo_steps: int = 40
     batch_size: int = 64
     """Prompts answered in each PPO step."""
-    num_mini_batches: int = 4
+    num_mini_batches: int = 8
+    gradient_accumulation_steps: int = 1
+    """Parts of a mini-batch that are in memory one after the other."""
     num_ppo_epochs: int = 1
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     """Of the actor's adapter."""
     critic_learning_rate: float = 2e-3
     """Of the critic's adapter and the value head."""
@@ -111,16 +113,52 @@ class Config:
             for name in names:
                 if not holds(getattr(self, name)):
                     raise bad_value("hydra-rlhf", name, expected, getattr(self, name))
-        if self.response_length < 2 or self.prompt_length < 2:
-            raise bad_value(
-                "hydra-rlhf", "response_length", "at least 2 tokens", min(self.response_length, self.prompt_length)
-            )
-        if self.batch_size % self.num_mini_batches:
-            raise bad_value(
-                "hydra-rlhf", "num_mini_batches", f"a divisor of batch_size={self.batch_size}", self.num_mini_batches
-            )
+        for name in ("prompt_length", "response_length"):
+            if getattr(self, name) < 2:
+                raise bad_value("hydra-rlhf", name, "at least 2 tokens", getattr(self, name))
+        for name, parts in (
+            ("num_mini_batches", self.num_mini_batches),
+            ("gradient_accumulation_steps", self.num_mini_batches * self.gradient_accumulation_steps),
+        ):
+            if self.batch_size % parts:
+                raise bad_value("hydra-rlhf", name, f"equal parts of batch_size={self.batch_size}", f"{parts} parts")
         if self.hidden_size % (2 * self.num_attention_heads):
             raise bad_value("hydra-rlhf", "hidden_size", "an even number for each attention head", self.hidden_size)
 
 
-PRESETS = {"demo": Config()}
+PRESETS = {
+    "demo": Config(),
+    "small": Config(
+        vocab_size=4096,
+        hidden_size=256,
+        num_hidden_layers=4,
+        prompt_length=128,
+        response_length=24,
+        sft_steps=800,
+        ppo_steps=100,
+    ),
+    "paper": Config(
+        model="meta-llama/Llama-2-7b-hf",
+        dtype="bfloat16",
+        prompt_length=400,
+        response_length=400,
+        sft_steps=30_000,
+        sft_batch_size=2,
+        sft_learning_rate=1e-6,
+        muon_learning_rate=0.0,
+        center_rewards_coefficient=0.0,
+        prompt_coef=0.0,
+        lora_r=128,
+        lora_alpha=1,
+        ppo_steps=1_200,
+        batch_size=50,
+        num_mini_batches=1,
+        gradient_accumulation_steps=25,
+        num_ppo_epochs=4,
+        learning_rate=5e-5,
+        critic_learning_rate=5e-5,
+        kl_coef=0.02,
+        eval_prompts=500,
+        cost_steps=0,
+    ),
+}

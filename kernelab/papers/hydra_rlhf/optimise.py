@@ -54,9 +54,9 @@ class PPO:
             return sample_answers(self.roles.actor, prompts, self.encoder, self.config.temperature)
 
     def score(self, sequences: Sequences) -> Scores:
-        """All four roles on the answers, as many at once as in a mini-batch of the update."""
-        parts = torch.arange(len(sequences), device=sequences.tokens.device).chunk(self.config.num_mini_batches)
-        scores = [self.roles.score(sequences[rows]) for rows in parts]
+        """All four roles on the answers, as many answers at once as the update takes."""
+        count = self.config.num_mini_batches * self.config.gradient_accumulation_steps
+        scores = [self.roles.score(sequences[rows]) for rows in self._parts(sequences, count)]
         return Scores(*(torch.cat(column) for column in zip(*(vars(part).values() for part in scores), strict=True)))
 
     def update(self, sequences: Sequences, scores: Scores) -> dict[str, float]:
@@ -90,25 +90,29 @@ class PPO:
         return metrics | mean
 
     def _minibatch(self, sequences: Sequences, scores: Scores, advantage: Tensor, returns: Tensor) -> dict[str, float]:
-        config, mask = self.config, sequences.answer_mask
-        outputs = self.roles(sequences)
-        actor, clipped = policy_loss(outputs.logprob, scores.logprob, advantage, mask, config.cliprange)
-        critic = value_loss(outputs.value, scores.value, returns, mask, config.cliprange_value)
         self.optimizer.zero_grad()
-        (actor + config.vf_coef * critic).backward()
-        norms = [
-            torch.nn.utils.clip_grad_norm_(group["params"], config.max_grad_norm)
-            for group in self.optimizer.param_groups
-        ]
-        metrics = {
-            "policy_loss": actor.item(),
-            "value_loss": critic.item(),
-            "entropy": masked_mean(outputs.entropy, mask).item(),
-            "clipped": clipped.item(),
-            "actor_norm": norms[0].item(),
-            "critic_norm": norms[1].item(),
-            "ratio_error": (((outputs.logprob - scores.logprob).exp() - 1).abs() * mask).max().item(),
-        }
+        tokens = sequences.answer_mask.sum()
+        means: list[Tensor] = []
+        ratio_errors: list[Tensor] = []
+        for rows in self._parts(sequences, self.config.gradient_accumulation_steps):
+            part, old = sequences[rows], scores[rows]
+            mask = part.answer_mask
+            outputs = self.roles(part)
+            actor, clipped = policy_loss(outputs.logprob, old.logprob, advantage[rows], mask, self.config.cliprange)
+            critic = value_loss(outputs.value, old.value, returns[rows], mask, self.config.cliprange_value)
+            share = mask.sum() / tokens
+            (share * (actor + self.config.vf_coef * critic)).backward()
+            entropy = masked_mean(outputs.entropy, mask)
+            means.append(share * torch.stack([actor, critic, entropy, clipped]).detach())
+            ratio_errors.append((((outputs.logprob - old.logprob).exp() - 1).abs() * mask).max().detach())
+        groups = [group["params"] for group in self.optimizer.param_groups]
+        norms = [torch.nn.utils.clip_grad_norm_(group, self.config.max_grad_norm) for group in groups]
+        names = ("policy_loss", "value_loss", "entropy", "clipped", "actor_norm", "critic_norm", "ratio_error")
+        values = [*torch.stack(means).sum(0), *norms, torch.stack(ratio_errors).max()]
+        metrics = {name: value.item() for name, value in zip(names, values, strict=True)}
         if all(map(math.isfinite, metrics.values())):
             self.optimizer.step()
         return metrics
+
+    def _parts(self, sequences: Sequences, count: int) -> tuple[Tensor, ...]:
+        return torch.arange(len(sequences), device=sequences.tokens.device).chunk(count)

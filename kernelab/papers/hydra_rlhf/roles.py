@@ -48,6 +48,8 @@ class Roles(nn.Module, ABC):
     The value head begins as a copy of the reward head, so the critic begins as the reward model.
     """
 
+    title: str
+
     def __init__(self, head: nn.Linear, temperature: float):
         super().__init__()
         self.temperature = temperature
@@ -106,6 +108,8 @@ class HydraRoles(Roles):
         targets: names of the layers that get adapters.
     """
 
+    title = "Hydra-PPO"
+
     def __init__(
         self, lm: PreTrainedModel, head: nn.Linear, adapter: LoRAConfig, targets: Sequence[str], temperature: float
     ):
@@ -142,6 +146,8 @@ class HydraRoles(Roles):
 
 class LoRARoles(Roles):
     """Four trunks, each a copy of ``lm``: what PPO with LoRA takes without switching. See :class:`HydraRoles`."""
+
+    title = "LoRA-PPO"
 
     def __init__(
         self, lm: PreTrainedModel, head: nn.Linear, adapter: LoRAConfig, targets: Sequence[str], temperature: float

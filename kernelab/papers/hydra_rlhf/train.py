@@ -124,7 +124,7 @@ def compare_costs(config: Config, run: Run, task: Task) -> list[Cost]:
         if step == config.cost_steps:
             state["costs"] = [
                 {
-                    "method": name,
+                    "method": METHODS[name].title,
                     "states": memory[name][0],
                     "peaks": memory[name][1],
                     "seconds": medians(times[name], config.batch_size),
@@ -145,7 +145,7 @@ def reinforce(config: Config, run: Run, task: Task, roles: Roles) -> None:
     ppo = PPO(roles, task.encoder, config)
     state = {"roles": Trained(roles), "optimizer": ppo.optimizer}
     start = run.restore(state, phase="ppo")
-    for step in run.steps(start, config.ppo_steps, {"hydra": "Hydra-PPO", "lora": "LoRA-PPO"}[config.method]):
+    for step in run.steps(start, config.ppo_steps, roles.title):
         ppo.decay(1 - step / config.ppo_steps)
         questions = task.questions[shuffled(step, config.batch_size, len(task.questions), config.seed)]
         answers = ppo.answer(questions.prompts)
