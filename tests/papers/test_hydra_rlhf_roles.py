@@ -16,6 +16,7 @@ from kernelab.papers.hydra_rlhf.config import Config
 from kernelab.papers.hydra_rlhf.model import digest, linear_layers, new_reward_head, pair_states
 from kernelab.papers.hydra_rlhf.optimise import PPO, TrainingDiverged, check_finite
 from kernelab.papers.hydra_rlhf.roles import HydraRoles, LoRARoles, Trained
+from kernelab.papers.hydra_rlhf.rollout import sample_answers
 from kernelab.papers.hydra_rlhf.sft import sft_loss
 from kernelab.papers.hydra_rlhf.tokens import join, stack
 
@@ -278,3 +279,34 @@ def test_only_answers_without_an_end_are_penalised(trunk, head, sequences):
         assert ppo.update(batch, scores)["unfinished"] == pytest.approx(2 / 3)
     loss = (returns[0] - returns[2]).max(1).values
     assert sorted(loss.tolist()) == pytest.approx([0.0, 3.0, 3.0])
+
+
+@pytest.mark.parametrize("kind", [HydraRoles, LoRARoles])
+def test_the_actor_answers_with_its_adapter_and_cache(trunk, head, sequences, kind):
+    roles = make(kind, trunk, head)
+    actor = dense(trunk, roles.actor_parameters())
+    prompts = sequences.tokens[:, :P], sequences.mask[:, :P]
+    encoder = SimpleNamespace(end=V - 1, pad=0, response_length=R)
+    with roles.acting():
+        found = sample_answers(roles.actor, prompts, encoder, temperature=1e-6)  # the most probable token, always
+    for tokens, mask, answer in zip(*prompts, found.answers, strict=True):
+        text = tokens[mask]
+        for token in answer:
+            with torch.no_grad():
+                assert token == actor(input_ids=text[None]).logits[0, -1].argmax()
+            if token == encoder.end:
+                break
+            text = torch.cat([text, token[None]])
+    assert found.mask[:, :P].equal(prompts[1])
+
+
+def test_an_answer_ends_with_its_first_end_token():
+    class Speaker:
+        def generate(self, input_ids, **kwargs):
+            return torch.cat([input_ids, torch.tensor([[5, 1, 1], [5, 6, 1], [1, 1, 1]])], 1)
+
+    encoder = SimpleNamespace(end=1, pad=1, response_length=5)
+    prompts = torch.full((3, 2), 3), torch.ones(3, 2, dtype=torch.bool)
+    found = sample_answers(Speaker(), prompts, encoder, 1.0)
+    assert found.answer_mask.sum(1).tolist() == [2, 3, 1]
+    assert found.answers.shape == (3, 5)
