@@ -81,6 +81,7 @@ def test_no_summary_leaks_into_its_prompt(preferences):
 def test_modules_are_on_one_side_of_the_split(preferences):
     sides = [{row.group for row in rows} for rows in (preferences.train, preferences.held_out)]
     assert not sides[0] & sides[1]
+    assert not [group for side in sides for group in side if "." in group or group.startswith("_")]
     assert 0.05 < len(preferences.held_out) / (len(preferences.held_out) + len(preferences.train) / 2) < 0.3
     rejected = {row.rejected for row in preferences.held_out}
     assert rejected <= {row.chosen for row in preferences.held_out}
@@ -151,6 +152,8 @@ def test_conversations_are_rendered(tmp_path, suffix, implicit):
     [
         ('{"prompt": "a", ', ["line 41", "JSON object"]),
         ("\xff", ["line 41", "JSON"]),
+        ("[" * 100_000, ["line 41", "JSON"]),
+        ('{"prompt": "a", "chosen": "b\\ud800", "rejected": "c"}', ["line 41", "'chosen'", "surrogate"]),
         ("[1]", ["line 41", "JSON object", "[1]"]),
         ({"prompt": "a", "chosen": "b"}, ["line 41", "'rejected'", "prompt, chosen"]),
         ({"chosen": "b", "rejected": "c"}, ["line 41", "'prompt'"]),

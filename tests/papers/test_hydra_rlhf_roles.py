@@ -13,11 +13,13 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from kernelab._core.errors import KernelabError
 from kernelab.lora import LoRAConfig
 from kernelab.papers.hydra_rlhf.config import Config
+from kernelab.papers.hydra_rlhf.evaluate import evaluate, token_f1
 from kernelab.papers.hydra_rlhf.model import digest, linear_layers, new_reward_head, pair_states
 from kernelab.papers.hydra_rlhf.optimise import PPO, TrainingDiverged, check_finite
 from kernelab.papers.hydra_rlhf.roles import HydraRoles, LoRARoles, Trained
 from kernelab.papers.hydra_rlhf.rollout import sample_answers
 from kernelab.papers.hydra_rlhf.sft import sft_loss
+from kernelab.papers.hydra_rlhf.task import Questions
 from kernelab.papers.hydra_rlhf.tokens import join, stack
 
 B, P, R, V, D = 3, 5, 4, 32, 16
@@ -310,3 +312,18 @@ def test_an_answer_ends_with_its_first_end_token():
     found = sample_answers(Speaker(), prompts, encoder, 1.0)
     assert found.answer_mask.sum(1).tolist() == [2, 3, 1]
     assert found.answers.shape == (3, 5)
+
+
+@pytest.mark.parametrize("trunk", [llama], indirect=True)
+def test_evaluation_repeats_and_leaves_the_random_generator(trunk, head, sequences):
+    roles = make(HydraRoles, trunk, head)
+    encoder = SimpleNamespace(
+        end=1, pad=0, response_length=R, decode=lambda batch: list(map(str, batch.answers.tolist()))
+    )
+    questions = Questions((sequences.tokens[:, :P], sequences.mask[:, :P]), ["3 4 5"] * B)
+    state = torch.get_rng_state()
+    first, again, other = (evaluate(roles, questions, encoder, seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert first.answers == again.answers != other.answers
+    assert torch.equal(first.reward, again.reward)
+    assert first.gold.tolist() == [token_f1(answer, "3 4 5") for answer in first.answers]

@@ -99,7 +99,7 @@ class Config:
     """Taken from the reward of an answer that does not end within response_length."""
 
     eval_prompts: int = 0
-    """Held-out prompts that are answered before and after PPO; 0: all."""
+    """Held-out prompts that are answered before and after PPO, and held-out pairs that are ranked; 0: all."""
     cost_steps: int = 5
     """Steps in which LoRA-PPO and Hydra-PPO are timed side by side, and their peak memory counted; 0: not at all."""
 

@@ -184,7 +184,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             where = f"{path}, line {number}"
             try:
                 row = json.loads(line)
-            except ValueError as error:  # not UTF-8, or not JSON
+            except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested without end
                 raise _broken(where, None, "one JSON object a line", _short(line), str(error)) from error
             if not isinstance(row, dict):
                 raise _broken(where, None, "a JSON object", _short(row))
@@ -217,6 +217,8 @@ def _preference(where: str, row: dict[str, Any], render: Render) -> Preference:
             raise _broken(where, column, "a text, or a list of messages in chosen and rejected", _short(text))
         if not text.strip():
             raise _broken(where, column, "a text that is not empty", _short(text))
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise _broken(where, column, "Unicode text", _short(text), "It holds half of a surrogate pair.")
     return Preference(row["prompt"], row["chosen"], row["rejected"], group=row["prompt"])
 
 

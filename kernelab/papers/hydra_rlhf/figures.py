@@ -23,7 +23,7 @@ def supervised(records: Sequence[Mapping[str, Any]]) -> Figure:
 
 def costs(found: Sequence[Cost]) -> Figure:
     """Peak memory and seconds a sample of each method, by part of the step."""
-    made, (memory, time) = figure(1, 2, width=8.0, height=3.2)
+    made, (memory, time) = figure(1, 2, width=9.0, height=3.6)
     names = [cost.method for cost in found]
     memory.bar(names, [cost.peak / 1e6 for cost in found], label="peak")
     memory.bar(names, [cost.states / 1e6 for cost in found], label="weights and optimizer state")
@@ -35,5 +35,5 @@ def costs(found: Sequence[Cost]) -> Figure:
         bottom = [low + part for low, part in zip(bottom, parts, strict=True)]
     time.set_ylabel("milliseconds a sample")
     for axis in (memory, time):
-        axis.legend()
+        axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
     return made

@@ -63,10 +63,12 @@ class Roles(nn.Module, ABC):
 
     @property
     @abstractmethod
-    def critic(self) -> PreTrainedModel: ...
+    def critic(self) -> PreTrainedModel:
+        """The model whose states the value head reads."""
 
     @abstractmethod
-    def acting(self) -> AbstractContextManager[None]: ...
+    def acting(self) -> AbstractContextManager[None]:
+        """Inside the block, ``actor`` answers with its adapter."""
 
     @abstractmethod
     def score(self, sequences: Sequences) -> Scores:

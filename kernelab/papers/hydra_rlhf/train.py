@@ -36,7 +36,7 @@ def train(config: Config, run: Run) -> dict[str, Any]:
     dtype = getattr(torch, config.dtype)
     with torch.autocast(task.lm.device.type, dtype, enabled=dtype != torch.float32):
         supervise(config, run, task)
-        ranked = ranking(task.lm, task.head, *task.held_out_pairs.pairs())
+        ranked = ranking(task.lm, task.head, *task.held_out_pairs.pairs(slice(config.eval_prompts or None)))
         save_hydra(run.folder / "model", task.lm, task.head, task.encoder.tokenizer)
         task.lm.to(dtype)
         costs = compare_costs(config, run, task)
