@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -83,6 +84,8 @@ def leave_processes() -> None:
     """Ends the group of processes, if there is one."""
     if process_count() > 1:
         _state().destroy_process_group()
+        # meshes and sharded tensors in cycles hold subgroups, whose threads abort the process if they live to its exit
+        gc.collect()
 
 
 def _from_environment(default: int, *names: str) -> int:

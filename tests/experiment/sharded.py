@@ -13,7 +13,7 @@ from kernelab.experiment.run import Run
 from tests.experiment.toy import Config
 
 
-def make():
+def make(mesh):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Dropout(0.2), torch.nn.Linear(6, 3))
     fully_shard(model, mesh=mesh)
@@ -21,9 +21,9 @@ def make():
     return model, torch.optim.AdamW(model.parameters(), lr=0.1)
 
 
-def train(folder, save_at):
+def train(folder, mesh, save_at):
     with Run(folder, Config(), paper="toy_paper") as run:
-        model, optimizer = make()
+        model, optimizer = make(mesh)
         torch.manual_seed(process_index())
         state = {"training": FullState(model, optimizer)}
         for step in run.steps(run.restore(state), 6):
@@ -36,10 +36,13 @@ def train(folder, save_at):
     return [parameter.full_tensor() for parameter in model.parameters()]
 
 
+def main(folder):
+    mesh = init_device_mesh("cpu", (2,))
+    whole = train(folder, mesh, save_at=3)
+    assert all(map(torch.equal, whole, train(folder, mesh, save_at=None)))
+
+
 if __name__ == "__main__":
     torch.distributed.init_process_group("gloo")
-    mesh = init_device_mesh("cpu", (2,))
-    folder = Path(sys.argv[1])
-    whole = train(folder, save_at=3)
-    assert all(map(torch.equal, whole, train(folder, save_at=None)))
+    main(Path(sys.argv[1]))
     leave_processes()
