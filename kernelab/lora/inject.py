@@ -17,6 +17,7 @@ from .errors import InjectionError, RoleError, UnknownRoleError
 from .layer import DTYPES, LoRALayer, attach, features, new_pair
 from .roles import Assignment, Router, enter
 
+_REPACKS = "support_avx512bf16_for_cpu"  # of bitsandbytes' Linear4bit
 _FOUND: weakref.WeakKeyDictionary[nn.Module, Router] = weakref.WeakKeyDictionary()
 
 
@@ -46,8 +47,8 @@ def inject(
         ``model``.
 
     Raises:
-        InjectionError: a target matches nothing, or no layer that can carry an adapter; or DDP or FSDP has the model
-            already. The model is unchanged.
+        InjectionError: a target matches nothing, or no layer that can carry an adapter; DDP or FSDP has the model
+            already; or a 4-bit layer is packed for inference already. The model is unchanged.
         ValueError, TypeError: an argument does not fit; the message names it.
 
     >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
@@ -79,6 +80,7 @@ def commit(
             f"the model is in a {type(wrapper).__name__} already, which would not synchronise new parameters. "
             "Add adapters first, then wrap or shard."
         )
+    _keep_packing(model)
     if freeze_base and not router.adapters:
         model.requires_grad_(False)
     router.adapters.update(adapters)
@@ -86,6 +88,20 @@ def commit(
         router.paths.setdefault(name, set()).add(path)
         attach(module, router, path, name, config, a, b)
     _FOUND.clear()
+
+
+def _keep_packing(model: nn.Module) -> None:
+    """On a CPU bitsandbytes packs a 4-bit weight anew, with rounded scales, in its first forward without gradients, and
+    passes no gradient from then on. A trunk whose values must not change, and that trains adapters, keeps its own."""
+    repacks = {path: module for path, module in model.named_modules() if hasattr(module, _REPACKS)}
+    for path, module in repacks.items():
+        if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+            raise InjectionError(
+                f"{path} was packed for inference by a forward without gradients, and its scales were rounded. "
+                "Load the model again and add adapters before it runs."
+            )
+    for module in repacks.values():
+        setattr(module, _REPACKS, False)
 
 
 def role(model: nn.Module, name: str) -> AbstractContextManager[None]:
