@@ -70,7 +70,7 @@ def _compare(spec, backend: str, dtype: torch.dtype, device: torch.device) -> di
 
     def wide(value):
         if isinstance(value, torch.Tensor):
-            return value.double()
+            return value.double() if value.is_floating_point() else value
         return [wide(item) for item in value] if isinstance(value, list) else value
 
     with torch.no_grad():

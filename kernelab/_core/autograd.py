@@ -37,9 +37,16 @@ class _FastWithReferenceDerivative(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *cotangents):
         saved = ctx.saved_tensors
+        floats = [index for index, tensor in enumerate(saved) if tensor.is_floating_point()]
+
+        def reference(*values):
+            replaced = dict(zip(floats, values, strict=True))
+            return ctx.reference(*(replaced.get(index, tensor) for index, tensor in enumerate(saved)))
+
         with _no_saved_tensor_hooks():
-            _, vjp = torch.func.vjp(ctx.reference, *saved)
-            return None, None, *vjp(cotangents)
+            _, vjp = torch.func.vjp(reference, *(saved[index] for index in floats))
+            grads = dict(zip(floats, vjp(cotangents), strict=True))
+        return None, None, *(grads.get(index) for index in range(len(saved)))
 
 
 @contextlib.contextmanager
@@ -59,7 +66,8 @@ def _no_saved_tensor_hooks() -> Iterator[None]:
 def differentiable(fast: Callable, reference: Callable, *tensors: Tensor) -> tuple[Tensor, ...]:
     """``fast(*tensors)``; where grad mode is on its derivative is that of ``reference(*tensors)``.
 
-    Both return a tuple of tensors of equal shapes. ``reference`` is plain differentiable torch.
+    Both return a tuple of tensors of equal shapes. ``reference`` is plain differentiable torch;
+    tensors of integers are constants to it.
     """
     if not torch.is_grad_enabled():
         return fast(*tensors)

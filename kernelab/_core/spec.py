@@ -16,8 +16,9 @@ class Case:
         name: unique within the op.
         build: ``(device, dtype, generator) -> keyword arguments`` of the public function. Tensors that get gradients
             have ``requires_grad`` set.
-        tags: "smallest" (one case: gradcheck), "interp" (run under Triton's interpreter too), "bench" (measured),
-            "gpu" (too large for a CPU test), "dynamic" (exported with the specification's open dimensions).
+        tags: "smallest" (gradcheck, opcheck, one graph; the first such case stands for the op), "interp" (run under
+            Triton's interpreter too), "bench" (measured), "gpu" (too large for a CPU test), "dynamic" (exported
+            with the specification's open dimensions).
     """
 
     name: str

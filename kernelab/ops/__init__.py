@@ -4,11 +4,12 @@ from importlib import import_module
 
 from kernelab._core.registry import explain
 
+from .linear_logprob import linear_logprob
 from .lora_linear import lora_add, lora_linear
 
-__all__ = ["explain", "lora_add", "lora_linear"]
+__all__ = ["explain", "linear_logprob", "lora_add", "lora_linear"]
 
-_FOLDERS = ("lora_linear",)
+_FOLDERS = ("linear_logprob", "lora_linear")
 
 
 def specs():

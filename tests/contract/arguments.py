@@ -14,11 +14,11 @@ def build(case, device: str, dtype: torch.dtype, seed: int = 0) -> dict:
 
 
 def copy(arguments: dict, dtype: torch.dtype | None = None) -> dict:
-    """The arguments with tensors as fresh leaves of the same layout, converted to ``dtype`` if that is given."""
+    """The arguments with tensors as fresh leaves of the same layout; floating ones in ``dtype`` if that is given."""
 
     def fresh(value):
         if isinstance(value, Tensor):
-            leaf = value.detach() if dtype is None else value.detach().to(dtype)
+            leaf = value.detach().to(dtype) if dtype and value.is_floating_point() else value.detach()
             return leaf.requires_grad_(value.requires_grad)
         return [fresh(item) for item in value] if isinstance(value, list) else value
 

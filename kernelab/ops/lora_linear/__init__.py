@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from kernelab._core import define, registry
+from kernelab._core.arguments import autocast, check_dtype, check_input, check_matrix
 from kernelab._core.autograd import differentiable, stored_signature
 from kernelab._core.errors import bad_value
 
 from . import reference
-from .arguments import Routing, autocast, check_dtype, check_input, check_matrix, route
+from .arguments import Routing, route
 
 _ROUTING = "SymInt[] counts, int[] adapters, float[] scaling, bool[] keep, float dropout_p, int seed"
 
@@ -202,7 +203,7 @@ def lora_linear(
     if bias is not None:
         check_matrix(where, "bias", bias, (weight.shape[0],), like=x)
     x, weight, bias = autocast(x, weight, bias)
-    check_dtype(where, x, weight=weight, bias=bias)
+    check_dtype(where, "x", x, weight=weight, bias=bias)
     rows = x.flatten(0, -2) if x.dim() > 1 else x[None]
     routing, adapters = route(where, rows, lora_a, lora_b, scaling, segments, dropout_p, seed, weight.shape[0])
     y = _call(rows, weight, bias, None, routing, adapters, backend or "")
@@ -248,7 +249,7 @@ def lora_add(
     if y.device != x.device:
         raise bad_value(where, "y", f"a tensor on {x.device}, as x", y, "Move it with .to(device).")
     x, y = autocast(x, y)
-    check_dtype(where, x, y=y)
+    check_dtype(where, "x", x, y=y)
     rows, base = (t.flatten(0, -2) if t.dim() > 1 else t[None] for t in (x, y))
     routing, adapters = route(where, rows, lora_a, lora_b, scaling, segments, dropout_p, seed, y.shape[-1])
     return _call(rows, None, None, base, routing, adapters, backend or "").reshape(y.shape)

@@ -10,11 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernelab._core.arguments import check_matrix
 from kernelab._core.errors import bad_type, bad_value
 
 from .reference import Segment, segments
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Routing(NamedTuple):
@@ -33,48 +32,6 @@ class Routing(NamedTuple):
     def keeps_some_rows(self) -> bool:
         """Some rows are kept for backward, but not all: those are copied, since a slice holds its whole storage."""
         return 0 < sum(segment.count for segment in self.kept_segments()) < sum(self.counts)
-
-
-def check_matrix(where: str, name: str, tensor: object, shape: tuple[int | None, ...], like: Tensor | None) -> None:
-    """A floating tensor of ``shape`` (None: any size), on the device and of the dtype of ``like``."""
-    if not isinstance(tensor, Tensor):
-        raise bad_type(where, name, "a tensor", tensor)
-    if tensor.dtype not in FLOATS:
-        raise bad_type(where, name, "float32, bfloat16, float16 or float64", tensor)
-    fits = tensor.dim() == len(shape) and all(
-        want in (None, got) for want, got in zip(shape, tensor.shape, strict=True)
-    )
-    if not fits:
-        wanted = ", ".join("*" if size is None else str(size) for size in shape)
-        raise bad_value(where, name, f"shape [{wanted}]", tensor)
-    if like is not None and tensor.device != like.device:
-        raise bad_value(where, name, f"a tensor on {like.device}, as the input", tensor, "Move it with .to(device).")
-
-
-def check_input(where: str, name: str, x: object) -> None:
-    """A floating tensor with at least one dimension."""
-    if not isinstance(x, Tensor):
-        raise bad_type(where, name, "a tensor", x)
-    if x.dtype not in FLOATS:
-        raise bad_type(where, name, "float32, bfloat16, float16 or float64", x, "Convert it with .to(weight.dtype).")
-    if x.dim() == 0:
-        raise bad_value(where, name, "at least one dimension", x)
-
-
-def check_dtype(where: str, x: Tensor, **others: Tensor | None) -> None:
-    """The others have the dtype of ``x``."""
-    for name, tensor in others.items():
-        if tensor is not None and tensor.dtype != x.dtype:
-            raise bad_value(where, name, f"dtype {x.dtype}, as x", tensor, "Convert one of them with .to(dtype).")
-
-
-def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The tensors in autocast's dtype where it is on, as ``F.linear`` would cast them; float64 is left alone."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
 def adapter_pairs(where: str, lora_a, lora_b, x: Tensor, out_features: int) -> tuple[list[Tensor], list[Tensor]]:
