@@ -121,7 +121,7 @@ def test_whitening_equal_advantages_gives_zeros(value, mask):
 
 def test_token_rewards(draw, mask):
     reward, logprob, reference = draw(B), draw(B, R), draw(B, R)
-    found = ppo.token_rewards(reward, logprob, reference, mask, 0.3)
+    found = ppo.token_rewards(reward, logprob - reference, mask, 0.3)
     for b in range(B):
         last = int(mask[b].sum()) - 1
         for t in range(R):

@@ -16,10 +16,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from kernelab.experiment.cli import main
-from kernelab.papers.hydra_rlhf import train as train_module
 from kernelab.papers.hydra_rlhf.config import Config
 from kernelab.papers.hydra_rlhf.model import load_hydra
-from kernelab.papers.hydra_rlhf.sft import SFTLoss
+from kernelab.papers.hydra_rlhf.roles import METHODS
 from kernelab.papers.hydra_rlhf.tokens import train_tokenizer
 
 SIZES = "--prompt-length 12 --response-length 5 --vocab-size 600 --hidden-size 16 --num-hidden-layers 1 --lora-r 2"
@@ -54,6 +53,10 @@ def records(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def method_summary(folder: Path, method: str) -> dict:
+    return json.loads((folder / "results.json").read_text())["summary"]["methods"][method]
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
@@ -70,15 +73,17 @@ def test_a_run_leaves_everything_it_promises(finished):
     result = json.loads((finished / "results.json").read_text())
     claims = {claim["name"]: claim for claim in result["claims"]}
     assert len(claims) == 6
-    assert claims["PPO leaves the trunk's sha256"]["passed"]
-    assert claims["the policy ratio is 1 before the first update"]["obtained"] < 1e-5
+    assert claims["Hydra-PPO leaves the sha256 of what does not train"]["passed"]
+    assert claims["the policy ratio of Hydra-PPO is 1 before the first update"]["obtained"] < 1e-5
+    assert result["summary"]["win_rate_against"] == "Hydra-SFT"
+    assert 0 <= result["summary"]["methods"]["hydra"]["win_rate"] <= 1
     lora, hydra = result["summary"]["costs"]
     assert hydra["states"] < lora["states"]
     assert set(hydra["seconds"]) == set(hydra["peaks"]) == {"answer", "score", "update"}
-    assert {path.name for path in (finished / "figures").iterdir()} == {"sft.png", "ppo.png", "cost.png"}
+    assert {path.name for path in (finished / "figures").iterdir()} == {"hydra_sft.png", "ppo_hydra.png", "cost.png"}
     lines = records(finished)
-    assert [line["step"] for line in lines if line["phase"] == "sft"] == list(range(8))
-    ppo = [line for line in lines if line["phase"] == "ppo"]
+    assert [line["step"] for line in lines if line["phase"] == "hydra_sft"] == list(range(8))
+    ppo = [line for line in lines if line["phase"].startswith("ppo_")]
     assert [line["step"] for line in ppo] == list(range(6))
     assert {"reward", "kl", "gold", "entropy", "policy_loss", "value_loss", "clipped"} <= set(ppo[0])
     assert abs(ppo[0]["kl"]) < 1e-5
@@ -99,17 +104,14 @@ def test_the_model_and_its_adapters_load_elsewhere(finished):
 def test_ppo_goes_on_from_a_saved_model_without_sft(finished, tmp_path, data):
     flags = ["--model", str(finished / "model"), "--sft-steps", "0", "--ppo-steps", "1", "--cost-steps", "0"]
     assert main(arguments(tmp_path / "run", data, *flags)) == 0
-    summaries = [
-        json.loads((folder / "results.json").read_text())["summary"] for folder in (finished, tmp_path / "run")
-    ]
+    summaries = [method_summary(folder, "hydra") for folder in (finished, tmp_path / "run")]
     assert summaries[0]["ranking_accuracy"] == summaries[1]["ranking_accuracy"]
     assert summaries[0]["reward"]["before"] == pytest.approx(summaries[1]["reward"]["before"])
 
 
-@pytest.mark.parametrize(("phase", "step"), [("sft", 4), ("ppo", 3)])
-def test_a_killed_run_resumes_to_the_same_numbers(finished, tmp_path, data, phase, step):
-    folder = tmp_path / "run"
-    program = [sys.executable, "-m", "kernelab", *arguments(folder, data)]
+def kill_at(folder: Path, phase: str, step: int, arguments: list[str]) -> None:
+    """Runs ``kernelab`` and kills it once it has logged this step."""
+    program = [sys.executable, "-m", "kernelab", *arguments]
     with subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT) as process:
         until = time.monotonic() + 120
         while process.poll() is None and time.monotonic() < until:
@@ -119,13 +121,16 @@ def test_a_killed_run_resumes_to_the_same_numbers(finished, tmp_path, data, phas
             time.sleep(0.002)
         os.kill(process.pid, signal.SIGKILL)
     assert not (folder / "results.json").exists()
+
+
+@pytest.mark.parametrize(("phase", "step"), [("hydra_sft", 4), ("ppo_hydra", 3)])
+def test_a_killed_run_resumes_to_the_same_numbers(finished, tmp_path, data, phase, step):
+    folder = tmp_path / "run"
+    kill_at(folder, phase, step, arguments(folder, data))
     assert main(["run", "hydra-rlhf", "--out", str(folder), "--resume"]) == 0
     assert records(folder) == records(finished)
-    results = [json.loads((place / "results.json").read_text()) for place in (folder, finished)]
-    for name in ("ranking_accuracy", "reward", "gold"):
-        assert results[0]["summary"][name] == results[1]["summary"][name]
-    digests = [claim["obtained"] for result in results for claim in result["claims"] if "sha256" in claim["name"]]
-    assert digests[0] == digests[1]
+    mine, whole = (method_summary(place, "hydra") for place in (folder, finished))
+    assert mine == whole
     for part in ("actor", "critic"):
         adapters = [place / "adapters" / part / "adapter_model.safetensors" for place in (folder, finished)]
         weights = [load_file(path) for path in adapters]
@@ -133,12 +138,54 @@ def test_a_killed_run_resumes_to_the_same_numbers(finished, tmp_path, data, phas
         assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-def test_lora_ppo_learns_the_same(finished, tmp_path, data):
-    assert main(arguments(tmp_path / "run", data, "--method", "lora", "--cost-steps", "0")) == 0
-    mine, other = (
-        [line for line in records(folder) if line["phase"] == "ppo"] for folder in (tmp_path / "run", finished)
-    )
-    assert mine[0]["reward"] == pytest.approx(other[0]["reward"], abs=1e-5)
+ALL = "--method all --ppo-steps 2 --rm-steps 4 --normalize-rewards --num-ppo-epochs 2 --target-kl 0.05"
+
+
+@pytest.fixture(scope="module")
+def all_methods(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("runs") / "all"
+    costs = ["--cost-methods", *METHODS]
+    assert main(arguments(folder, data, *ALL.split(), *costs)) == 0
+    return folder
+
+
+def test_all_methods_side_by_side(all_methods):
+    result = json.loads((all_methods / "results.json").read_text())
+    assert result["summary"]["win_rate_against"] == "SFT"
+    assert list(result["summary"]["methods"]) == list(METHODS)
+    phases = dict.fromkeys(line["phase"] for line in records(all_methods))
+    assert list(phases) == ["sft", "rm", "hydra_sft", *(f"ppo_{name}" for name in METHODS)]
+    first = {line["phase"]: line for line in reversed(records(all_methods))}
+    for name in METHODS:
+        assert abs(first[f"ppo_{name}"]["kl"]) < 1e-5
+        assert first[f"ppo_{name}"]["ratio_error"] < 1e-5
+    unmoved = [claim for claim in result["claims"] if "sha256" in claim["name"]]
+    assert len(unmoved) == 5
+    assert all(claim["passed"] for claim in unmoved)
+    states = [cost["states"] for cost in result["summary"]["costs"]]
+    full, lora, dynamic, shared, hydra = states
+    assert full > lora > dynamic > hydra > shared
+    names = {path.parent.name for path in (all_methods / "adapters").rglob("adapter_model.safetensors")}
+    assert names == {"actor", "critic", "shared"}
+    AutoModelForCausalLM.from_pretrained(all_methods / "adapters" / "ppo" / "actor")
+
+
+@pytest.mark.parametrize(("phase", "step"), [("rm", 2), ("ppo_dynamic", 0)])
+def test_a_killed_run_of_all_methods_resumes(all_methods, tmp_path, data, phase, step):
+    folder = tmp_path / "run"
+    kill_at(folder, phase, step, arguments(folder, data, *ALL.split(), "--cost-steps", "0"))
+    assert main(["run", "hydra-rlhf", "--out", str(folder), "--resume"]) == 0
+    assert records(folder) == records(all_methods)
+    for name in METHODS:
+        assert method_summary(folder, name) == method_summary(all_methods, name)
+
+
+def test_lora_ppo_from_hydra_sft_learns_the_same(finished, tmp_path, data):
+    flags = f"--method lora --model {finished / 'model'} --sft-steps 0 --rm-steps 0 --ppo-steps 1 --cost-steps 0"
+    assert main(arguments(tmp_path / "run", data, *flags.split())) == 0
+    mine, other = (method_summary(tmp_path / "run", "lora"), method_summary(finished, "hydra"))
+    assert mine["ranking_accuracy"] == other["ranking_accuracy"]
+    assert mine["reward"]["before"] == pytest.approx(other["reward"]["before"], abs=1e-5)
 
 
 def test_a_causal_lm_by_path_without_a_padding_token(tmp_path, data):
@@ -157,9 +204,11 @@ def test_a_causal_lm_by_path_without_a_padding_token(tmp_path, data):
         load_hydra(str(tmp_path / "run" / "model"), 18)
 
 
-def test_bfloat16_runs(tmp_path, data):
-    flags = ["--dtype", "bfloat16", "--cost-steps", "0", "--sft-steps", "2", "--ppo-steps", "2"]
-    assert main(arguments(tmp_path / "run", data, *flags)) == 0
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("method", ["hydra", "ppo"])
+def test_16_bits_run(tmp_path, data, dtype, method):
+    flags = f"--dtype {dtype} --method {method} --cost-steps 0 --sft-steps 2 --rm-steps 2 --ppo-steps 2"
+    assert main(arguments(tmp_path / "run", data, *flags.split())) == 0
 
 
 @pytest.mark.parametrize(
@@ -168,6 +217,12 @@ def test_bfloat16_runs(tmp_path, data):
         (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--model", "no/such/folder"], "no/such/folder"),
         (["--sft-steps", "0"], "no reward head"),
+        (["--method", "lora", "--rm-steps", "0"], "no reward head"),
+        (["--reward", "no.such.module:function"], "no.such.module"),
+        (["--reward", "json"], "package.module:function"),
+        (["--single-forward"], "num_mini_batches"),
+        (["--detach-value"], "j_hydra"),
+        (["--target-kl", "0"], "target_kl"),
         (["--lam", "1.5"], "lam"),
         (["--learning-rate", "0"], "learning_rate"),
         (["--num-mini-batches", "4"], "equal parts of batch_size=6"),
@@ -180,16 +235,11 @@ def test_what_cannot_run_is_refused(tmp_path, data, capsys, flags, message):
     assert not (tmp_path / "run" / "results.json").exists()
 
 
-@pytest.mark.parametrize(("phase", "name"), [("sft", "pair"), ("ppo", "value_loss")])
+@pytest.mark.parametrize(("phase", "name"), [("hydra_sft", "pair"), ("ppo_hydra", "value_loss")])
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, data, capsys, monkeypatch, phase, name):
     nan = torch.tensor(math.nan, requires_grad=True)
-    if phase == "sft":
-        broken = SFTLoss(
-            pair=nan * 1, centre=nan.detach(), answer=nan.detach(), prompt=nan.detach(), accuracy=nan.detach()
-        )
-        monkeypatch.setattr(train_module, "sft_loss", lambda *args, **kwargs: broken)
-    else:
-        monkeypatch.setattr("kernelab.papers.hydra_rlhf.optimise.value_loss", lambda value, *args: (value * nan).sum())
+    loss = "sft.pair_loss" if name == "pair" else "optimise.value_loss"
+    monkeypatch.setattr(f"kernelab.papers.hydra_rlhf.{loss}", lambda value, *args: (value * nan).sum())
     assert main(arguments(tmp_path / "run", data, "--cost-steps", "0")) != 0
     error = capsys.readouterr().err
     assert f"{name} = nan" in error

@@ -7,6 +7,8 @@ from typing import Literal
 
 from kernelab._core.errors import bad_value
 
+MethodName = Literal["ppo", "lora", "dynamic", "j_hydra", "hydra"]
+
 _POSITIVE = (
     *("prompt_length", "response_length", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
     *("rejected_per_prompt", "sft_batch_size", "sft_learning_rate", "batch_size", "num_mini_batches", "num_ppo_epochs"),
@@ -14,24 +16,15 @@ _POSITIVE = (
     *("gradient_accumulation_steps", "lora_r", "lora_alpha"),
 )
 _NOT_NEGATIVE = (
-    *(
-        "sft_steps",
-        "sft_coef",
-        "center_rewards_coefficient",
-        "prompt_coef",
-        "weight_decay",
-        "ppo_steps",
-        "kl_coef",
-        "vf_coef",
-    ),
-    *("muon_learning_rate", "missing_eos_penalty", "eval_prompts", "cost_steps"),
+    *("sft_steps", "rm_steps", "sft_coef", "center_rewards_coefficient", "prompt_coef", "weight_decay", "ppo_steps"),
+    *("kl_coef", "vf_coef", "muon_learning_rate", "missing_eos_penalty", "eval_prompts", "cost_steps"),
 )
 _FRACTIONS = ("gamma", "lam")
 
 
 @dataclass(frozen=True)
 class Config:
-    """Hydra-SFT, then PPO on its frozen trunk."""
+    """Supervised training of the models that PPO starts from, then PPO."""
 
     seed: int = 0
 
@@ -52,10 +45,16 @@ class Config:
     hidden_size: int = 128
     num_hidden_layers: int = 3
     num_attention_heads: int = 4
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the trunk in PPO, and of autocast in Hydra-SFT, whose weights stay float32."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the frozen trunks in PPO, and of autocast where whole models train, whose weights stay float32. With float16
+    the losses are scaled (torch.amp.GradScaler)."""
+    gradient_checkpointing: bool = False
+    """Keep only each layer's input for backward, and compute the layer again there."""
 
     sft_steps: int = 420
+    """Of Hydra-SFT, or of the supervised fine-tuning that a separate reward model begins from."""
+    rm_steps: int = 200
+    """Of the separate reward model that j_hydra and hydra do without; 0: it is the SFT model with its reward head."""
     sft_batch_size: int = 32
     sft_learning_rate: float = 1e-2
     muon_learning_rate: float = 5e-3
@@ -68,8 +67,10 @@ class Config:
     """Weight of the cross-entropy of the prompt, which the paper does not have: an untrained trunk learns to read."""
     weight_decay: float = 0.1
 
-    method: Literal["hydra", "lora"] = "hydra"
-    """PPO on one trunk with two adapters, or LoRA-PPO on four trunks."""
+    method: Literal[MethodName, "all"] = "hydra"
+    """ppo: four models, two of them trained whole. lora: LoRA on these two (LoRA-PPO). dynamic: reference and reward
+    are actor and critic with LoRA off, two trunks. hydra: one trunk, two adapters. j_hydra: one trunk, one adapter for
+    actor and critic. all: one after the other, on the same data."""
     lora_r: int = 8
     lora_alpha: float = 16
     target_modules: tuple[str, ...] = ()
@@ -88,12 +89,26 @@ class Config:
     max_grad_norm: float = 1.0
     """Of each adapter's gradient, and of the whole model's in Hydra-SFT."""
     kl_coef: float = 0.05
+    kl_estimator: Literal["k1", "k3"] = "k1"
+    """Of the KL to the reference, from each token: k1 is -l, k3 is exp(l) - 1 - l, l = log(reference / policy)."""
+    target_kl: float | None = None
+    """KL of the policy to that of the rollout at which a step's epochs end, in nats a token (k3); none: they do not."""
     cliprange: float = 0.2
     cliprange_value: float = 0.2
     vf_coef: float = 0.1
+    detach_value: bool = False
+    """j_hydra: the value loss trains the value head alone, not the adapter that it shares with the policy."""
     gamma: float = 1.0
     lam: float = 0.95
     whiten_rewards: bool = False
+    single_forward: bool = False
+    """Take the old log-probabilities and values from the update's own forward, so that scoring computes only reference
+    and reward. Needs num_ppo_epochs, num_mini_batches and gradient_accumulation_steps of 1."""
+    reward: str | None = None
+    """package.module:function that takes the texts of prompts and of answers, two lists, and returns a number for each:
+    used in PPO instead of the reward model."""
+    normalize_rewards: bool = False
+    """Give all rewards so far the mean 0 and the variance 1, before missing_eos_penalty is taken."""
     temperature: float = 1.0
     missing_eos_penalty: float = 0.0
     """Taken from the reward of an answer that does not end within response_length."""
@@ -101,7 +116,8 @@ class Config:
     eval_prompts: int = 0
     """Held-out prompts that are answered before and after PPO, and held-out pairs that are ranked; 0: all."""
     cost_steps: int = 5
-    """Steps in which LoRA-PPO and Hydra-PPO are timed side by side, and their peak memory counted; 0: not at all."""
+    """PPO steps in which cost_methods are timed side by side, and their peak memory counted; 0: not at all."""
+    cost_methods: tuple[MethodName, ...] = ("lora", "hydra")
 
     def __post_init__(self) -> None:
         for names, holds, expected in (
@@ -122,6 +138,15 @@ class Config:
         ):
             if self.batch_size % parts:
                 raise bad_value("hydra-rlhf", name, f"equal parts of batch_size={self.batch_size}", f"{parts} parts")
+        if self.target_kl is not None and not self.target_kl > 0:
+            raise bad_value("hydra-rlhf", "target_kl", "more than 0, or none", self.target_kl)
+        once = ("num_ppo_epochs", "num_mini_batches", "gradient_accumulation_steps")
+        if self.single_forward and (name := next((name for name in once if getattr(self, name) > 1), None)):
+            raise bad_value("hydra-rlhf", name, "1 with single_forward", getattr(self, name))
+        if self.detach_value and self.method not in ("j_hydra", "all"):
+            raise bad_value("hydra-rlhf", "detach_value", "method j_hydra, whose losses share an adapter", self.method)
+        if self.cost_steps and not self.cost_methods:
+            raise bad_value("hydra-rlhf", "cost_methods", "at least one method, or cost_steps=0", "none")
         if self.hidden_size % (2 * self.num_attention_heads):
             raise bad_value("hydra-rlhf", "hidden_size", "an even number for each attention head", self.hidden_size)
 

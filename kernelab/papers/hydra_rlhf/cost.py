@@ -1,4 +1,4 @@
-"""Memory and time of a PPO step on one trunk and on four, at the same batch."""
+"""Memory and time of a PPO step by method, at the same batch."""
 
 from __future__ import annotations
 
@@ -81,9 +81,9 @@ def medians(steps: list[dict[str, float]], samples: int) -> dict[str, float]:
 
 
 def table(costs: list[Cost]) -> Table:
-    """The costs, with the last one in proportion to the first."""
+    """The costs, the last of them in proportion to the first."""
     made = Table(title="a step of PPO at the same batch")
-    for column in ("", *(cost.method for cost in costs), "ratio"):
+    for column in ("", *(cost.method for cost in costs), "last / first"):
         made.add_column(column, justify="left" if not column else "right")
     rows: list[tuple[str, list[float], Callable[[float], str]]] = [
         ("weights and optimizer state", [cost.states for cost in costs], _megabytes),

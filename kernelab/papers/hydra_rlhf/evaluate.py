@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from kernelab.experiment.device import from_all, process_index
 from kernelab.papers.hydra_rlhf.model import pair_states, rewards
+from kernelab.papers.hydra_rlhf.processes import share
 from kernelab.papers.hydra_rlhf.roles import Roles
 from kernelab.papers.hydra_rlhf.rollout import sample_answers
 from kernelab.papers.hydra_rlhf.task import Questions
@@ -76,15 +78,19 @@ def evaluate(roles: Roles, questions: Questions, encoder: Encoder, *, seed: int)
 
     Equal seeds draw equal random numbers, so that two policies are compared on the same draws.
     """
+    mine = torch.arange(len(questions))[share(len(questions))]
     learned, answers = [], []
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        for rows in torch.arange(len(questions)).split(128):
+        torch.manual_seed(seed + process_index())
+        for rows in mine.split(128) if len(mine) else ():
             with roles.acting():
                 sequences = sample_answers(roles.actor, questions[rows].prompts, encoder, roles.temperature)
             learned.append(roles.reward(sequences).float().cpu())
             answers += encoder.decode(sequences)
-    return Evaluation(torch.cat(learned), token_f1s(answers, questions.truths), answers)
+    parts = from_all((learned, answers))
+    reward = torch.cat([batch for learned, _ in parts for batch in learned])
+    texts = [text for _, answers in parts for text in answers]
+    return Evaluation(reward, token_f1s(texts, questions.truths), texts)
 
 
 def token_f1s(answers: list[str], truths: list[str]) -> Tensor:

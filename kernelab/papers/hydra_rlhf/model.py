@@ -16,7 +16,7 @@ from kernelab._core.errors import bad_value
 from kernelab.papers.hydra_rlhf.tokens import Sequences, stack
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from kernelab.papers.hydra_rlhf.config import Config
     from kernelab.papers.hydra_rlhf.tokens import Encoder
@@ -49,10 +49,13 @@ def load_hydra(path: str, length: int) -> tuple[PreTrainedModel, PreTrainedToken
     Raises:
         ValueError: it does not load, is too short, or has logits that are not its output head times its hidden states.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     try:
-        lm = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        settings = AutoConfig.from_pretrained(path)
+        for name in _dropouts(settings):
+            setattr(settings, name, 0.0)  # old and new log-probabilities must come from one function, in any mode
+        lm = AutoModelForCausalLM.from_pretrained(path, config=settings, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise bad_value(
@@ -62,6 +65,10 @@ def load_hydra(path: str, length: int) -> tuple[PreTrainedModel, PreTrainedToken
     positions = getattr(lm.config, "max_position_embeddings", None) or length
     if positions < length:
         raise bad_value("hydra-rlhf", "prompt_length", f"at most {positions} tokens with response_length", str(length))
+    if (rows := lm.get_input_embeddings().num_embeddings) < len(tokenizer):
+        raise bad_value(
+            "hydra-rlhf", "model", f"a tokenizer of at most its {rows} tokens", f"{len(tokenizer)} in {path}"
+        )
     if not _is_head_times_hidden(lm.eval()):
         raise bad_value("hydra-rlhf", "model", "logits that are the output head times the hidden states", path)
     head = None
@@ -69,6 +76,12 @@ def load_hydra(path: str, length: int) -> tuple[PreTrainedModel, PreTrainedToken
         head = new_reward_head(lm)
         head.load_state_dict(load_file(file))
     return lm, tokenizer, head
+
+
+def _dropouts(settings: PreTrainedConfig) -> list[str]:
+    """Names of a model's settings that drop units or layers at random in training."""
+    kinds = ("dropout", "layerdrop", "pdrop")
+    return [name for name, value in vars(settings).items() if name.endswith(kinds) and isinstance(value, float)]
 
 
 @torch.no_grad()
@@ -81,7 +94,7 @@ def _is_head_times_hidden(lm: PreTrainedModel) -> bool:
     )
 
 
-def save_hydra(folder: Path, lm: PreTrainedModel, head: nn.Linear, tokenizer: PreTrainedTokenizerBase) -> None:
+def save_hydra(folder: Path, lm: PreTrainedModel, head: nn.Linear | None, tokenizer: PreTrainedTokenizerBase) -> None:
     """Writes what :func:`load_hydra` reads; the folder appears whole, or stays as it is if it is there."""
     if folder.exists():
         return
@@ -89,7 +102,8 @@ def save_hydra(folder: Path, lm: PreTrainedModel, head: nn.Linear, tokenizer: Pr
     shutil.rmtree(temporary, ignore_errors=True)
     lm.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
-    save_file(head.state_dict(), temporary / REWARD_HEAD)
+    if head is not None:
+        save_file(head.state_dict(), temporary / REWARD_HEAD)
     temporary.rename(folder)
 
 

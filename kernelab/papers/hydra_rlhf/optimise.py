@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kernelab._core.errors import KernelabError
+from kernelab.experiment.device import from_main
 from kernelab.papers.hydra_rlhf.config import Config
-from kernelab.papers.hydra_rlhf.ppo import advantages, masked_mean, policy_loss, token_rewards, value_loss, whiten
-from kernelab.papers.hydra_rlhf.roles import Roles, Scores
+from kernelab.papers.hydra_rlhf.ppo import (
+    RunningMoments,
+    advantages,
+    kl_estimates,
+    masked_mean,
+    policy_loss,
+    token_rewards,
+    value_loss,
+    whiten,
+)
+from kernelab.papers.hydra_rlhf.processes import average, gathered, largest, replicated, share, synchronised
+from kernelab.papers.hydra_rlhf.roles import Outputs, Roles, Scores, Trained
 from kernelab.papers.hydra_rlhf.rollout import sample_answers
 from kernelab.papers.hydra_rlhf.tokens import Encoder, Sequences
 
@@ -29,8 +43,57 @@ def check_finite(phase: str, step: int, metrics: dict[str, float]) -> None:
         )
 
 
+class Descent:
+    """Backward, gradient clipping and the optimizers' step; with float16 the loss is scaled.
+
+    Args:
+        groups: parameters by the name of their gradient's norm, each clipped to ``max_grad_norm``.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        optimizers: Iterable[torch.optim.Optimizer],
+        groups: Mapping[str, list[nn.Parameter]],
+    ):
+        self.optimizers, self.groups, self.max_norm = list(optimizers), groups, config.max_grad_norm
+        device = next(iter(groups.values()))[0].device
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
+
+    def zero_grad(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the loss's gradients to those that are there."""
+        self.scaler.scale(loss).backward()
+
+    def norms(self) -> dict[str, float]:
+        """Clips the gradients and returns their norms of before.
+
+        A gradient that is too large for float16's scale counts as 0: ``step`` leaves it out and lowers the scale. At a
+        scale below 1 the scale is no longer to blame.
+        """
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+        norms = {
+            name: torch.nn.utils.clip_grad_norm_(group, self.max_norm).item() for name, group in self.groups.items()
+        }
+        too_large = not all(map(math.isfinite, norms.values()))
+        return dict.fromkeys(norms, 0.0) if too_large and self.scaler.get_scale() > 1 else norms
+
+    def step(self, *, taken: bool = True) -> None:
+        """Moves the parameters, or not, after ``norms``."""
+        for optimizer in self.optimizers if taken else ():
+            self.scaler.step(optimizer)
+        self.scaler.update()
+
+
 class PPO:
-    """The optimizer of the two roles that train, and the three parts of a step: answer, score, update."""
+    """The optimizer of the two roles that train, and the three parts of a step: answer, score, update.
+
+    Each part takes and returns the whole batch; of several processes each works on its share.
+    """
 
     def __init__(self, roles: Roles, encoder: Encoder, config: Config):
         self.roles, self.encoder, self.config = roles, encoder, config
@@ -41,6 +104,20 @@ class PPO:
             ],
             weight_decay=0.0,
         )
+        groups = {"actor_norm": roles.actor_parameters(), "critic_norm": roles.critic_parameters()}
+        self.descent = Descent(config, [self.optimizer], groups)
+        self.moments = RunningMoments()
+        self.model = replicated(roles)
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint has to hold."""
+        return {
+            "roles": Trained(self.roles),
+            "optimizer": self.optimizer,
+            "scaler": self.descent.scaler,
+            "reward_moments": self.moments,
+        }
 
     def decay(self, remaining: float) -> None:
         """Sets the learning rates to this share of the config's."""
@@ -50,14 +127,22 @@ class PPO:
 
     def answer(self, prompts: tuple[Tensor, Tensor]) -> Sequences:
         """The actor's answers to prompts (tokens and mask, [B, P])."""
+        tokens, mask = prompts
+        mine = share(len(tokens))
         with self.roles.acting():
-            return sample_answers(self.roles.actor, prompts, self.encoder, self.config.temperature)
+            return gathered(
+                sample_answers(self.roles.actor, (tokens[mine], mask[mine]), self.encoder, self.config.temperature)
+            )
 
     def score(self, sequences: Sequences) -> Scores:
-        """All four roles on the answers, as many answers at once as the update takes."""
+        """All four roles on the answers, as many answers at once as the update takes.
+
+        With ``single_forward`` only reference and reward: the others come from the update.
+        """
+        mine = sequences[share(len(sequences))]
         count = self.config.num_mini_batches * self.config.gradient_accumulation_steps
-        scores = [self.roles.score(sequences[rows]) for rows in self._parts(sequences, count)]
-        return Scores(*(torch.cat(column) for column in zip(*(vars(part).values() for part in scores), strict=True)))
+        parts = [self.roles.score(mine[rows], policy=not self.config.single_forward) for rows in _parts(mine, count)]
+        return gathered(Scores.join(parts))
 
     def update(self, sequences: Sequences, scores: Scores) -> dict[str, float]:
         """Takes the config's epochs of clipped steps on a scored rollout; returns the numbers of the step.
@@ -65,9 +150,17 @@ class PPO:
         If one of them is not finite, the parameters have not been moved by it.
         """
         config, mask = self.config, sequences.answer_mask
+        outputs = None
+        if config.single_forward:
+            mine = share(len(sequences))
+            outputs = self.model(sequences[mine])
+            old = {"logprob": outputs.logprob.detach(), "value": outputs.value.detach()}
+            scores = gathered(replace(scores[mine], **old))
         unfinished = ~(sequences.answers.eq(self.encoder.end) & mask).any(1)
-        reward = scores.reward - config.missing_eos_penalty * unfinished
-        rewards = token_rewards(reward, scores.logprob, scores.reference, mask, config.kl_coef)
+        reward = self.moments.normalize(scores.reward) if config.normalize_rewards else scores.reward
+        reward = reward - config.missing_eos_penalty * unfinished
+        kl = kl_estimates(scores.logprob, scores.reference, config.kl_estimator)
+        rewards = token_rewards(reward, kl, mask, config.kl_coef)
         if config.whiten_rewards:
             rewards = whiten(rewards, mask, shift_mean=False)
         advantage, returns = advantages(rewards, scores.value, mask, config.gamma, config.lam)
@@ -79,40 +172,62 @@ class PPO:
             "unfinished": unfinished.float().mean().item(),
         }
         losses: list[dict[str, float]] = []
-        for _ in range(config.num_ppo_epochs):
-            for rows in torch.randperm(len(sequences)).chunk(config.num_mini_batches):
-                rows = rows.to(mask.device)
-                losses.append(self._minibatch(sequences[rows], scores[rows], advantage[rows], returns[rows]))
-                if not all(map(math.isfinite, losses[-1].values())):
-                    return metrics | losses[-1]
-        metrics["ratio_error"] = losses[0].pop("ratio_error")  # the actor has not moved yet: the ratio should be 1
+        for rows in self._minibatches(len(sequences)):
+            rows = rows[share(len(rows))].to(mask.device)
+            losses.append(self._minibatch(sequences[rows], scores[rows], advantage[rows], returns[rows], outputs))
+            if not all(map(math.isfinite, losses[-1].values())):
+                return metrics | losses[-1]
+            if self._is_far(losses[-1]):
+                break
+        metrics["ratio_error"] = losses[0]["ratio_error"]  # the actor has not moved yet: the ratio should be 1
+        metrics["minibatches"] = len(losses)
         mean = {name: sum(loss[name] for loss in losses) / len(losses) for name in losses[0]}
-        return metrics | mean
+        return mean | metrics
 
-    def _minibatch(self, sequences: Sequences, scores: Scores, advantage: Tensor, returns: Tensor) -> dict[str, float]:
-        self.optimizer.zero_grad()
-        tokens = sequences.answer_mask.sum()
+    def _minibatches(self, count: int) -> Iterator[Tensor]:
+        """Indices of the rows of each step."""
+        if self.config.single_forward:
+            yield torch.arange(count)
+            return
+        for _ in range(self.config.num_ppo_epochs):
+            yield from from_main(torch.randperm(count)).chunk(self.config.num_mini_batches)
+
+    def _minibatch(
+        self, sequences: Sequences, scores: Scores, advantage: Tensor, returns: Tensor, outputs: Outputs | None
+    ) -> dict[str, float]:
+        """One step, unless its numbers are not finite or the policy is too far from the rollout's."""
+        config = self.config
+        self.descent.zero_grad()
+        tokens = average(sequences.answer_mask.sum())
         means: list[Tensor] = []
         ratio_errors: list[Tensor] = []
-        for rows in self._parts(sequences, self.config.gradient_accumulation_steps):
+        parts = _parts(sequences, config.gradient_accumulation_steps)
+        for number, rows in enumerate(parts, 1):
             part, old = sequences[rows], scores[rows]
             mask = part.answer_mask
-            outputs = self.roles(part)
-            actor, clipped = policy_loss(outputs.logprob, old.logprob, advantage[rows], mask, self.config.cliprange)
-            critic = value_loss(outputs.value, old.value, returns[rows], mask, self.config.cliprange_value)
-            share = mask.sum() / tokens
-            (share * (actor + self.config.vf_coef * critic)).backward()
-            entropy = masked_mean(outputs.entropy, mask)
-            means.append(share * torch.stack([actor, critic, entropy, clipped]).detach())
-            ratio_errors.append((((outputs.logprob - old.logprob).exp() - 1).abs() * mask).max().detach())
-        groups = [group["params"] for group in self.optimizer.param_groups]
-        norms = [torch.nn.utils.clip_grad_norm_(group, self.config.max_grad_norm) for group in groups]
-        names = ("policy_loss", "value_loss", "entropy", "clipped", "actor_norm", "critic_norm", "ratio_error")
-        values = [*torch.stack(means).sum(0), *norms, torch.stack(ratio_errors).max()]
+            with synchronised(self.model, number == len(parts)):
+                found = outputs or self.model(part)
+                actor, clipped = policy_loss(found.logprob, old.logprob, advantage[rows], mask, config.cliprange)
+                critic = value_loss(found.value, old.value, returns[rows], mask, config.cliprange_value)
+                share_of_tokens = mask.sum() / tokens
+                self.descent.backward(share_of_tokens * (actor + config.vf_coef * critic))
+            with torch.no_grad():
+                entropy = masked_mean(found.entropy, mask)
+                log_ratio = found.logprob - old.logprob
+                far = masked_mean(log_ratio.expm1() - log_ratio, mask)
+                means.append(share_of_tokens * torch.stack([actor, critic, entropy, clipped, far]))
+                ratio_errors.append(((log_ratio.exp() - 1).abs() * mask).max())
+        names = ("policy_loss", "value_loss", "entropy", "clipped", "policy_kl")
+        values = average(torch.stack(means).sum(0))
         metrics = {name: value.item() for name, value in zip(names, values, strict=True)}
+        metrics |= self.descent.norms() | {"ratio_error": largest(torch.stack(ratio_errors).max()).item()}
         if all(map(math.isfinite, metrics.values())):
-            self.optimizer.step()
+            self.descent.step(taken=not self._is_far(metrics))
         return metrics
 
-    def _parts(self, sequences: Sequences, count: int) -> tuple[Tensor, ...]:
-        return torch.arange(len(sequences), device=sequences.tokens.device).chunk(count)
+    def _is_far(self, metrics: Mapping[str, float]) -> bool:
+        return self.config.target_kl is not None and metrics["policy_kl"] > self.config.target_kl
+
+
+def _parts(sequences: Sequences, count: int) -> tuple[Tensor, ...]:
+    return torch.arange(len(sequences), device=sequences.tokens.device).chunk(count)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any, Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -22,9 +25,18 @@ def token_logprobs(hidden: Tensor, head: nn.Module, tokens: Tensor, temperature:
     return logprob, entropy
 
 
-def token_rewards(reward: Tensor, logprob: Tensor, reference: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
-    """``-kl_coef * (logprob - reference)`` at every token, plus ``reward`` [B] at the last one; [B, R]."""
-    penalties = -kl_coef * (logprob - reference) * mask
+def kl_estimates(logprob: Tensor, reference: Tensor, estimator: Literal["k1", "k3"]) -> Tensor:
+    """Estimates of KL(policy || reference) from tokens of the policy (Schulman, 2020).
+
+    With ``l = reference - logprob``, ``k1 = -l`` and ``k3 = e^l - 1 - l``, which is never negative and varies less.
+    """
+    log_ratio = logprob - reference
+    return log_ratio if estimator == "k1" else (-log_ratio).expm1() + log_ratio
+
+
+def token_rewards(reward: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
+    """``-kl_coef * kl`` at every token, plus ``reward`` [B] at the last one; [B, R]."""
+    penalties = -kl_coef * kl * mask
     last = mask.sum(1, keepdim=True) - 1
     return penalties.scatter_add(1, last, reward.unsqueeze(1).to(penalties.dtype))
 
@@ -33,6 +45,8 @@ def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
     """``x`` with variance 1 over ``mask`` and mean 0 (its own mean without ``shift_mean``); 0 spread stays 0 spread."""
     mean = masked_mean(x, mask)
     centred = (x - mean) * mask
+    # equal numbers may miss their mean by its rounding, which must not be scaled up to variance 1
+    centred = centred.masked_fill(centred.abs() <= 8 * torch.finfo(x.dtype).eps * mean.abs(), 0)
     white = centred * (masked_mean(centred.square(), mask) + 1e-8).rsqrt()
     return white if shift_mean else (white + mean) * mask
 
@@ -69,3 +83,34 @@ def value_loss(value: Tensor, old: Tensor, returns: Tensor, mask: Tensor, clipra
     """``max((V - return)^2, (clip(V) - return)^2) / 2``, V kept within ``cliprange`` of its old value."""
     clipped = torch.min(torch.max(value, old - cliprange), old + cliprange)
     return 0.5 * masked_mean(torch.max((value - returns).square(), (clipped - returns).square()), mask)
+
+
+class RunningMoments:
+    """Mean and variance of all numbers seen so far (Chan, Golub and LeVeque, 1983), in double precision.
+
+    >>> RunningMoments().normalize(torch.tensor([1.0, 3.0]))
+    tensor([-1.,  1.])
+    """
+
+    def __init__(self) -> None:
+        self.count, self.mean, self.squares = 0, 0.0, 0.0
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """Adds the numbers of ``x``, and gives them with the mean and the variance of all so far as 0 and 1.
+
+        Where all numbers so far are equal, they become 0.
+        """
+        values = x.double()
+        mean, total = values.mean().item(), self.count + x.numel()
+        apart = mean - self.mean
+        self.squares += (values - mean).square().sum().item() + apart**2 * self.count * x.numel() / total
+        self.mean += apart * x.numel() / total
+        self.count = total
+        spread = math.sqrt(self.squares / total)
+        return ((values - self.mean) / spread).to(x.dtype) if spread else torch.zeros_like(x)
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)

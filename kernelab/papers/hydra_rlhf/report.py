@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -14,49 +14,92 @@ from kernelab.experiment.run import Run
 from kernelab.papers.hydra_rlhf import cost, figures
 from kernelab.papers.hydra_rlhf.cost import Cost
 from kernelab.papers.hydra_rlhf.evaluate import Difference, Evaluation, difference
+from kernelab.papers.hydra_rlhf.roles import METHODS
+from kernelab.papers.hydra_rlhf.sft import STAGES
 from kernelab.papers.hydra_rlhf.task import Task
 
 
-def report(
-    run: Run,
-    task: Task,
-    ranked: Tensor,
-    answers: tuple[Evaluation, Evaluation],
-    costs: list[Cost],
-    digests: tuple[str, str],
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Result:
+    """What one method obtained: held-out pairs that its reward model ranks right, answers before and after PPO."""
+
+    method: str
+    ranked: Tensor | None
+    before: Evaluation
+    after: Evaluation
+    digests: tuple[str, str]
+
+    @property
+    def title(self) -> str:
+        return METHODS[self.method].title
+
+    @property
+    def start(self) -> str:
+        """What PPO started from."""
+        return "Hydra-SFT" if METHODS[self.method].joint else "SFT"
+
+    def summary(self, baseline: Evaluation) -> dict[str, Any]:
+        """Means, and the share of prompts where the gold score is above the baseline's; equal ones count half."""
+        ahead = self.after.gold - baseline.gold
+        return {
+            "ranking_accuracy": None if self.ranked is None else self.ranked.mean().item(),
+            "reward": {"before": self.before.reward.mean().item(), "after": self.after.reward.mean().item()},
+            "gold": {"before": self.before.gold.mean().item(), "after": self.after.gold.mean().item()},
+            "win_rate": ((ahead > 0).double() + 0.5 * (ahead == 0)).mean().item(),
+        }
+
+
+def report(run: Run, task: Task, results: list[Result], costs: list[Cost]) -> dict[str, Any]:
     """Adds the claims and figures, prints the tables, and returns the summary."""
-    before, after = answers
-    summary = {
-        "held_out_pairs": len(ranked),
-        "held_out_prompts": len(after.answers),
-        "ranking_accuracy": ranked.mean().item(),
-        "reward": {"before": before.reward.mean().item(), "after": after.reward.mean().item()},
-        "gold": {"before": before.gold.mean().item(), "after": after.gold.mean().item()},
+    baseline = next((result for result in results if result.start == "SFT"), results[0])
+    methods = {result.method: result.summary(baseline.before) for result in results}
+    for result in {result.start: result for result in results}.values():
+        if result.ranked is not None:
+            gain = difference(result.ranked, torch.full_like(result.ranked, 0.5))
+            _claim_gain(run, f"{result.start}'s reward ranks held-out pairs above chance", gain)
+    for result in results:
+        _claim_method(run, result)
+    _claim_costs(run, costs)
+    if costs:
+        run.console.print(cost.table(costs))
+        run.figure("cost", figures.costs(costs))
+    run.console.print(_scores(results, baseline, methods), _examples(task, results[-1]))
+    for phase, title in STAGES.items():
+        if records := run.metrics(phase):
+            run.figure(phase, figures.supervised(records, title))
+    for result in results:
+        if records := run.metrics(f"ppo_{result.method}"):
+            run.figure(f"ppo_{result.method}", figures.reinforced(records, result.title))
+    return {
+        "held_out_pairs": len(task.held_out_pairs) if baseline.ranked is None else len(baseline.ranked),
+        "held_out_prompts": len(baseline.after.answers),
+        "win_rate_against": baseline.start,
+        "methods": methods,
         "costs": [
             asdict(found) | {"peak": found.peak, "seconds_per_sample": found.seconds_per_sample} for found in costs
         ],
     }
-    gain = difference(ranked, torch.full_like(ranked, 0.5))
-    _claim_gain(run, "Hydra-SFT ranks held-out pairs above chance", gain)
-    _claim_gain(run, "PPO raises the learned reward of held-out prompts", difference(after.reward, before.reward))
-    _claim_gain(run, "PPO raises the gold score of held-out prompts", difference(after.gold, before.gold))
-    ratio = max((record["ratio_error"] for record in run.metrics("ppo")), default=0.0)
-    run.claim("the policy ratio is 1 before the first update", expected=0.0, obtained=ratio, passed=ratio == 0)
+
+
+def _claim_method(run: Run, result: Result) -> None:
+    for label, name in (("learned reward", "reward"), ("gold score", "gold")):
+        gain = difference(getattr(result.after, name), getattr(result.before, name))
+        _claim_gain(run, f"{result.title} raises the {label} of held-out prompts", gain)
+    ratio = max((record["ratio_error"] for record in run.metrics(f"ppo_{result.method}")), default=0.0)
+    name = f"the policy ratio of {result.title} is 1 before the first update"
+    run.claim(name, expected=0.0, obtained=ratio, passed=ratio == 0)
+    first, last = result.digests
     run.claim(
-        "PPO leaves the trunk's sha256", expected=digests[0], obtained=digests[1], passed=digests[0] == digests[1]
+        f"{result.title} leaves the sha256 of what does not train", expected=first, obtained=last, passed=first == last
     )
-    if costs:
-        lora, hydra = costs
-        name = "Hydra-PPO's peak memory over LoRA-PPO's, at the same batch"
-        run.claim(name, expected="< 1", obtained=hydra.peak / lora.peak, passed=hydra.peak < lora.peak)
-        run.console.print(cost.table(costs))
-        run.figure("cost", figures.costs(costs))
-    run.console.print(_scores(before, after), _examples(task, before, after))
-    for phase, draw in (("sft", figures.supervised), ("ppo", figures.reinforced)):
-        if records := run.metrics(phase):
-            run.figure(phase, draw(records))
-    return summary
+
+
+def _claim_costs(run: Run, costs: list[Cost]) -> None:
+    peaks = {found.method: found.peak for found in costs}
+    lora, hydra = (METHODS[name].title for name in ("lora", "hydra"))
+    if {lora, hydra} <= peaks.keys():
+        name = f"{hydra}'s peak memory over {lora}'s, at the same batch"
+        run.claim(name, expected="< 1", obtained=peaks[hydra] / peaks[lora], passed=peaks[hydra] < peaks[lora])
 
 
 def _claim_gain(run: Run, name: str, gain: Difference) -> None:
@@ -64,21 +107,28 @@ def _claim_gain(run: Run, name: str, gain: Difference) -> None:
     run.claim(name, expected="more than 3 standard errors", obtained=obtained, passed=gain.in_errors > 3)
 
 
-def _scores(before: Evaluation, after: Evaluation) -> Table:
-    made = Table(title=f"answers to {len(after.answers)} held-out prompts")
-    for column in ("", "Hydra-SFT", "after PPO", "difference ± standard error"):
-        made.add_column(column, justify="right" if column else "left")
-    for label, name in (("learned reward", "reward"), ("gold score (token F1)", "gold")):
-        first, last = getattr(before, name), getattr(after, name)
-        made.add_row(label, f"{first.mean():.4f}", f"{last.mean():.4f}", str(difference(last, first)))
+def _scores(results: list[Result], baseline: Result, methods: dict[str, dict[str, Any]]) -> Table:
+    count = len(baseline.after.answers)
+    made = Table(
+        title=f"answers to {count} held-out prompts; difference ± standard error; wins: gold against {baseline.start}"
+    )
+    for column in ("", "from", "reward", "difference", "gold", "difference", "wins"):
+        made.add_column(column, justify="right" if column not in ("", "from") else "left")
+    for result in results:
+        row = [result.title, result.start]
+        for name in ("reward", "gold"):
+            first, last = getattr(result.before, name), getattr(result.after, name)
+            row += [f"{last.mean():.4f}", str(difference(last, first))]
+        made.add_row(*row, f"{methods[result.method]['win_rate']:.1%}")
     return made
 
 
-def _examples(task: Task, before: Evaluation, after: Evaluation, count: int = 6) -> Table:
+def _examples(task: Task, result: Result, count: int = 6) -> Table:
     made = Table(title="examples", show_lines=True)
-    for column in ("true", "Hydra-SFT", "after PPO"):
+    for column in ("true", result.start, result.title):
         made.add_column(column, ratio=1)
-    every = max(1, len(after.answers) // count)
-    for index in range(0, len(after.answers), every)[:count]:
-        made.add_row(*map(escape, (task.held_out_questions.truths[index], before.answers[index], after.answers[index])))
+    before, after = result.before.answers, result.after.answers
+    every = max(1, len(after) // count)
+    for index in range(0, len(after), every)[:count]:
+        made.add_row(*map(escape, (task.held_out_questions.truths[index], before[index], after[index])))
     return made

@@ -1,36 +1,118 @@
-"""Actor, critic, reference and reward model: on one trunk (Hydra-PPO) or on four (LoRA-PPO)."""
+"""Actor, critic, reference and reward model: which trunk plays each, and with which adapter."""
 
 from __future__ import annotations
 
 import copy
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kernelab._core.errors import KernelabError
-from kernelab.lora import LoRAConfig, adapter_parameters, inject, role, streams
-from kernelab.papers.hydra_rlhf.model import before_answers, digest, hidden_states, rewards
+from kernelab.lora import LoRAConfig, adapter_parameters, inject, role, save_adapter, streams
+from kernelab.papers.hydra_rlhf.config import Config
+from kernelab.papers.hydra_rlhf.model import before_answers, digest, hidden_states, linear_layers, rewards
 from kernelab.papers.hydra_rlhf.ppo import token_logprobs
 from kernelab.papers.hydra_rlhf.tokens import Sequences
 
 
+class Player(NamedTuple):
+    """A trunk, by name, and the adapter with which it plays a role; None: without."""
+
+    trunk: str
+    adapter: str | None = None
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to hold PPO's four models. An actor or critic without adapter is trained whole."""
+
+    title: str
+    reference: Player
+    reward: Player
+    actor: Player
+    critic: Player
+
+    @property
+    def joint(self) -> bool:
+        """Whether one trunk plays all, so that PPO starts from Hydra-SFT; else from an SFT and a reward model."""
+        return self.reference.trunk == self.reward.trunk
+
+    def players(self) -> dict[str, Player]:
+        """By role, in the order in which a pass computes them."""
+        return {name: getattr(self, name) for name in ("reference", "reward", "actor", "critic")}
+
+
+METHODS = {
+    "ppo": Method(
+        "PPO",
+        reference=Player("reference"),
+        reward=Player("reward"),
+        actor=Player("actor"),
+        critic=Player("critic"),
+    ),
+    "lora": Method(
+        "LoRA-PPO",
+        reference=Player("reference"),
+        reward=Player("reward"),
+        actor=Player("actor", "actor"),
+        critic=Player("critic", "critic"),
+    ),
+    "dynamic": Method(
+        "Dynamic LoRA-PPO",
+        reference=Player("sft"),
+        reward=Player("rm"),
+        actor=Player("sft", "actor"),
+        critic=Player("rm", "critic"),
+    ),
+    "j_hydra": Method(
+        "J-Hydra-PPO",
+        reference=Player("trunk"),
+        reward=Player("trunk"),
+        actor=Player("trunk", "shared"),
+        critic=Player("trunk", "shared"),
+    ),
+    "hydra": Method(
+        "Hydra-PPO",
+        reference=Player("trunk"),
+        reward=Player("trunk"),
+        actor=Player("trunk", "actor"),
+        critic=Player("trunk", "critic"),
+    ),
+}
+
+
+def chosen_methods(config: Config) -> dict[str, Method]:
+    """The methods of a run, by name."""
+    return METHODS if config.method == "all" else {config.method: METHODS[config.method]}
+
+
 @dataclass(frozen=True)
 class Scores:
-    """What PPO keeps of a rollout: its reward [B], and the rest at each answer token [B, R]."""
+    """What PPO keeps of a rollout: its reward [B], and the rest at each answer token [B, R].
+
+    ``logprob`` and ``value`` are None where the update is to take them from its own forward.
+    """
 
     reward: Tensor
     reference: Tensor
-    logprob: Tensor
-    value: Tensor
+    logprob: Tensor | None = None
+    value: Tensor | None = None
 
-    def __getitem__(self, rows: Tensor) -> Scores:
-        return Scores(self.reward[rows], self.reference[rows], self.logprob[rows], self.value[rows])
+    def __getitem__(self, rows: Tensor | slice) -> Scores:
+        return Scores(*(None if column is None else column[rows] for column in vars(self).values()))
+
+    @classmethod
+    def join(cls, parts: list[Scores]) -> Scores:
+        """The rows of all parts, in order."""
+        columns = zip(*(vars(part).values() for part in parts), strict=True)
+        return cls(*(None if column[0] is None else torch.cat(column) for column in columns))
 
 
 @dataclass(frozen=True)
@@ -42,148 +124,160 @@ class Outputs:
     value: Tensor
 
 
-class Roles(nn.Module, ABC):
-    """The four models of PPO. Two adapters and the value head train; a trunk is never written.
+class Roles(nn.Module):
+    """The four models of PPO. The adapters and the value head train, or whole trunks where there are no adapters.
 
-    The value head begins as a copy of the reward head, so the critic begins as the reward model.
+    The value head begins as a copy of the reward head, so the critic begins as the reward model. A trunk that several
+    roles share runs once for all of them.
+
+    Args:
+        method: who plays what.
+        lm: the language model to begin from; the first trunk made of it is ``lm`` itself, with adapters put in place.
+        head: the reward head.
+        reward_lm: the model under ``head``, and so under the critic; None: ``lm``.
+        reward_function: rewards [B] of answers, instead of the reward model's.
     """
 
-    title: str
-
-    def __init__(self, head: nn.Linear, temperature: float):
+    def __init__(
+        self,
+        method: Method,
+        lm: PreTrainedModel,
+        head: nn.Linear,
+        config: Config,
+        *,
+        reward_lm: PreTrainedModel | None = None,
+        reward_function: Callable[[Sequences], Tensor] | None = None,
+    ):
         super().__init__()
-        self.temperature = temperature
+        self.title = method.title
+        self.temperature = config.temperature
+        self.detached = config.detach_value and method.actor == method.critic
+        self.checkpointing = config.gradient_checkpointing
+        self.reward_function = reward_function
+        self.players = method.players()
+        if reward_function is not None:
+            del self.players["reward"]
         self.reward_head = head.requires_grad_(False)
         self.value_head = copy.deepcopy(head).requires_grad_(True)
+        self.trunks = nn.ModuleDict(self._copies(lm, reward_lm or lm))
+        targets = config.target_modules or linear_layers(lm)
+        for trunk, model in self.trunks.items():
+            names = self._adapters_of(trunk)
+            if names:
+                adapter = LoRAConfig(r=config.lora_r, alpha=config.lora_alpha)
+                inject(model, dict.fromkeys(names, adapter), targets, dtype=head.weight.dtype)
+        for name in ("actor", "critic"):
+            if self.players[name].adapter is None:
+                model = self._trunk(name).to(head.weight.dtype)  # small updates would be lost in 16 bits
+                (model if name == "actor" else model.base_model).requires_grad_(True)
+            if self.checkpointing:
+                self._trunk(name).activation_checkpointing_enable()
 
     @property
-    @abstractmethod
     def actor(self) -> PreTrainedModel:
         """The language model that answers, inside ``acting()``."""
+        return self._trunk("actor")
 
-    @property
-    @abstractmethod
-    def critic(self) -> PreTrainedModel:
-        """The model whose states the value head reads."""
-
-    @abstractmethod
     def acting(self) -> AbstractContextManager[None]:
         """Inside the block, ``actor`` answers with its adapter."""
+        adapter = self.players["actor"].adapter
+        return role(self.actor, adapter) if adapter else nullcontext()
 
-    @abstractmethod
-    def score(self, sequences: Sequences) -> Scores:
-        """All four roles, without gradients."""
+    @torch.no_grad()
+    def score(self, sequences: Sequences, *, policy: bool = True) -> Scores:
+        """All four roles, without gradients; without ``policy`` the two that do not train."""
+        states = self._states(sequences, *self.players if policy else ("reference", "reward"))
+        reference, _ = self._logprobs("reference", states, sequences)
+        reward = self._rewards(states, sequences)
+        if not policy:
+            return Scores(reward, reference)
+        logprob, _ = self._logprobs("actor", states, sequences)
+        return Scores(reward, reference, logprob, self._values(states, sequences))
 
-    @abstractmethod
     def forward(self, sequences: Sequences) -> Outputs:
         """The two roles that train."""
+        self.train(self.checkpointing)  # the mode in which transformers checkpoints its layers
+        try:
+            states = self._states(sequences, "actor", "critic")
+            return Outputs(*self._logprobs("actor", states, sequences), self._values(states, sequences))
+        finally:
+            self.eval()
 
-    @abstractmethod
+    @torch.no_grad()
     def reward(self, sequences: Sequences) -> Tensor:
-        """The reward model alone, without gradients, [B]."""
+        """The rewards of answers alone, without gradients, [B]."""
+        return self._rewards(self._states(sequences, "reward"), sequences)
 
     def actor_parameters(self) -> list[nn.Parameter]:
-        return adapter_parameters(self.actor, "actor")
+        return self._trained("actor")
 
     def critic_parameters(self) -> list[nn.Parameter]:
-        return [*adapter_parameters(self.critic, "critic"), *self.value_head.parameters()]
+        """The critic's own, the value head last: an adapter that the actor shares is the actor's."""
+        shared = self.players["actor"] == self.players["critic"]
+        return [*([] if shared else self._trained("critic")), *self.value_head.parameters()]
 
     def base_digest(self) -> str:
         """sha256 of all that does not train."""
         return digest({name: p for name, p in self.named_parameters() if not p.requires_grad})
 
-    def _logprobs(self, lm: PreTrainedModel, hidden: Tensor, sequences: Sequences) -> tuple[Tensor, Tensor]:
-        states = before_answers(hidden, sequences)
-        return token_logprobs(states, lm.get_output_embeddings(), sequences.answers, self.temperature)
+    def save(self, folder: Path) -> None:
+        """Writes what trained: the adapters as PEFT does, or whole models, and the value head."""
+        for name in ("actor", "critic"):
+            trunk, adapter = self.players[name]
+            if adapter:
+                save_adapter(self.trunks[trunk], adapter, folder / adapter)
+            else:
+                self.trunks[trunk].save_pretrained(folder / name)
+        save_file(self.value_head.state_dict(), folder / "value_head.safetensors")
 
-    def _values(self, hidden: Tensor, sequences: Sequences) -> Tensor:
-        states = before_answers(hidden, sequences)
-        return self.value_head(states.to(self.value_head.weight.dtype)).squeeze(-1)
+    def _copies(self, lm: PreTrainedModel, reward_lm: PreTrainedModel) -> dict[str, PreTrainedModel]:
+        """A trunk by name, each a model of its own; what reads rewards and values begins as the reward model."""
+        made: dict[str, PreTrainedModel] = {}
+        for trunk in dict.fromkeys(player.trunk for player in self.players.values()):
+            roles = {name for name, player in self.players.items() if player.trunk == trunk}
+            source = reward_lm if roles <= {"reward", "critic"} else lm
+            taken = any(model is source for model in made.values())
+            made[trunk] = (copy.deepcopy(source) if taken else source).requires_grad_(False)
+        return made
 
+    def _adapters_of(self, trunk: str) -> list[str]:
+        return list(dict.fromkeys(p.adapter for p in self.players.values() if p.trunk == trunk and p.adapter))
 
-class HydraRoles(Roles):
-    """One trunk: the actor and the critic are its adapters, the reference and the reward two heads of one pass without.
+    def _trunk(self, name: str) -> PreTrainedModel:
+        return self.trunks[self.players[name].trunk]
 
-    Args:
-        lm: the trunk; it gets the adapters, in place.
-        head: its reward head.
-        targets: names of the layers that get adapters.
-    """
+    def _trained(self, name: str) -> list[nn.Parameter]:
+        lm, adapter = self._trunk(name), self.players[name].adapter
+        return adapter_parameters(lm, adapter) if adapter else [p for p in lm.parameters() if p.requires_grad]
 
-    title = "Hydra-PPO"
+    def _states(self, sequences: Sequences, *names: str) -> dict[str, Tensor]:
+        """Last hidden states [B, P + R, d] of roles, from one pass of each trunk that plays any of them."""
+        found: dict[str, Tensor] = {}
+        for trunk, lm in self.trunks.items():
+            played = {
+                name: player.adapter for name in names if (player := self.players.get(name)) and player.trunk == trunk
+            }
+            if not played:
+                continue
+            adapters = list(dict.fromkeys(played.values()))
+            with streams(lm, adapters) if self._adapters_of(trunk) else nullcontext():
+                chunks = hidden_states(lm, sequences.repeat(len(adapters))).chunk(len(adapters))
+            found |= {name: chunks[adapters.index(adapter)] for name, adapter in played.items()}
+        return found
 
-    def __init__(
-        self, lm: PreTrainedModel, head: nn.Linear, adapter: LoRAConfig, targets: Sequence[str], temperature: float
-    ):
-        super().__init__(head, temperature)
-        self.trunk = inject(lm, {"actor": adapter, "critic": adapter}, targets, dtype=head.weight.dtype)
+    def _logprobs(self, name: str, states: dict[str, Tensor], sequences: Sequences) -> tuple[Tensor, Tensor]:
+        head = self._trunk(name).get_output_embeddings()
+        return token_logprobs(before_answers(states[name], sequences), head, sequences.answers, self.temperature)
 
-    @property
-    def actor(self) -> PreTrainedModel:
-        return self.trunk
+    def _values(self, states: dict[str, Tensor], sequences: Sequences) -> Tensor:
+        hidden = before_answers(states["critic"], sequences)
+        hidden = hidden.detach() if self.detached else hidden
+        return self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1)
 
-    critic = actor
-
-    def acting(self) -> AbstractContextManager[None]:
-        return role(self.trunk, "actor")
-
-    @torch.no_grad()
-    def score(self, sequences: Sequences) -> Scores:
-        with streams(self.trunk, [None, "actor", "critic"]):
-            base, actor, critic = hidden_states(self.trunk, sequences.repeat(3)).chunk(3)
-        reference, _ = self._logprobs(self.trunk, base, sequences)
-        logprob, _ = self._logprobs(self.trunk, actor, sequences)
-        return Scores(rewards(self.reward_head, base, sequences), reference, logprob, self._values(critic, sequences))
-
-    def forward(self, sequences: Sequences) -> Outputs:
-        with streams(self.trunk, ["actor", "critic"]):
-            actor, critic = hidden_states(self.trunk, sequences.repeat(2)).chunk(2)
-        return Outputs(*self._logprobs(self.trunk, actor, sequences), self._values(critic, sequences))
-
-    @torch.no_grad()
-    def reward(self, sequences: Sequences) -> Tensor:
-        with streams(self.trunk, [None]):
-            return rewards(self.reward_head, hidden_states(self.trunk, sequences), sequences)
-
-
-class LoRARoles(Roles):
-    """Four trunks, each a copy of ``lm``: what PPO with LoRA takes without switching. See :class:`HydraRoles`."""
-
-    title = "LoRA-PPO"
-
-    def __init__(
-        self, lm: PreTrainedModel, head: nn.Linear, adapter: LoRAConfig, targets: Sequence[str], temperature: float
-    ):
-        super().__init__(head, temperature)
-        self.reward_lm = lm.requires_grad_(False)
-        self.reference_lm = copy.deepcopy(lm)
-        self.actor_lm = inject(copy.deepcopy(lm), {"actor": adapter}, targets, dtype=head.weight.dtype)
-        self.critic_lm = inject(copy.deepcopy(lm), {"critic": adapter}, targets, dtype=head.weight.dtype)
-
-    @property
-    def actor(self) -> PreTrainedModel:
-        return self.actor_lm
-
-    @property
-    def critic(self) -> PreTrainedModel:
-        return self.critic_lm
-
-    def acting(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    @torch.no_grad()
-    def score(self, sequences: Sequences) -> Scores:
-        reference, _ = self._logprobs(self.reference_lm, hidden_states(self.reference_lm, sequences), sequences)
-        outputs = self(sequences)
-        return Scores(self.reward(sequences), reference, outputs.logprob, outputs.value)
-
-    def forward(self, sequences: Sequences) -> Outputs:
-        logprob, entropy = self._logprobs(self.actor_lm, hidden_states(self.actor_lm, sequences), sequences)
-        return Outputs(logprob, entropy, self._values(hidden_states(self.critic_lm, sequences), sequences))
-
-    @torch.no_grad()
-    def reward(self, sequences: Sequences) -> Tensor:
-        return rewards(self.reward_head, hidden_states(self.reward_lm, sequences), sequences)
+    def _rewards(self, states: dict[str, Tensor], sequences: Sequences) -> Tensor:
+        if self.reward_function is not None:
+            return self.reward_function(sequences)
+        return rewards(self.reward_head, states["reward"], sequences)
 
 
 class Trained:

@@ -1,33 +1,23 @@
-"""Hydra-SFT: language model and reward model learn on one trunk, in one pass over both answers."""
+"""Supervised training before PPO: language model and reward model on one trunk (Hydra-SFT), or each on its own."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from kernelab.experiment.run import Run
 from kernelab.papers.hydra_rlhf.config import Config
-from kernelab.papers.hydra_rlhf.model import pair_states, rewards
-from kernelab.papers.hydra_rlhf.tokens import Sequences
+from kernelab.papers.hydra_rlhf.model import hidden_states, linear_layers, pair_states, rewards
+from kernelab.papers.hydra_rlhf.optimise import Descent, check_finite
+from kernelab.papers.hydra_rlhf.processes import average, replicated, share
+from kernelab.papers.hydra_rlhf.task import Rows
+from kernelab.papers.hydra_rlhf.tokens import Sequences, shuffled
 
-
-@dataclass(frozen=True)
-class SFTLoss:
-    """The parts of Hydra-SFT's loss, each a mean, and the share of pairs that are ranked right."""
-
-    pair: Tensor
-    centre: Tensor
-    answer: Tensor
-    prompt: Tensor
-    accuracy: Tensor
-
-    def total(self, config: Config) -> Tensor:
-        """The loss that Hydra-SFT descends."""
-        reward = self.pair + config.center_rewards_coefficient * self.centre
-        return reward + config.sft_coef * self.answer + config.prompt_coef * self.prompt
+STAGES = {"hydra_sft": "Hydra-SFT", "sft": "SFT", "rm": "reward model"}
 
 
 def pair_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
@@ -35,13 +25,54 @@ def pair_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
     return -F.logsigmoid(chosen - rejected).mean()
 
 
-def sft_loss(lm: PreTrainedModel, head: nn.Linear, chosen: Sequences, rejected: Sequences, *, prompts: bool) -> SFTLoss:
-    """Pair loss of the rewards, and cross-entropy of the chosen answers and, if asked, of their prompts, [B] pairs.
+class Supervised(nn.Module):
+    """A language model, a reward head, and what a stage trains of them.
 
-    The cross-entropies are means over tokens; a prompt's first token is given, not predicted.
+    Args:
+        stage: ``hydra_sft`` learns from both answers on one trunk, ``sft`` from the chosen one without the head, ``rm``
+            from the rewards without the output head.
+        config: with a ``prompt_coef`` the prompts are learned too.
     """
-    hidden, hidden_rejected = pair_states(lm, chosen, rejected)  # [B, P + R, d]
-    reward_chosen, reward_rejected = rewards(head, hidden, chosen), rewards(head, hidden_rejected, rejected)
+
+    def __init__(self, stage: str, lm: PreTrainedModel, head: nn.Linear, config: Config):
+        super().__init__()
+        self.stage, self.prompts, self.checkpointing = stage, config.prompt_coef > 0, config.gradient_checkpointing
+        if self.checkpointing:
+            lm.activation_checkpointing_enable()
+        self.lm = lm.requires_grad_(stage != "rm")
+        if stage == "rm":
+            lm.base_model.requires_grad_(True)
+        self.head = head.requires_grad_(stage != "sft")
+
+    def forward(self, chosen: Sequences, rejected: Sequences) -> dict[str, Tensor]:
+        """The parts of the loss, each a mean, and the share of pairs [B] that are ranked right."""
+        self.lm.train(self.checkpointing)  # the mode in which transformers checkpoints its layers
+        try:
+            if self.stage == "sft":
+                return language_losses(self.lm, hidden_states(self.lm, chosen), chosen, prompts=self.prompts)
+            hidden, hidden_rejected = pair_states(self.lm, chosen, rejected)  # [B, P + R, d]
+            losses = reward_losses(rewards(self.head, hidden, chosen), rewards(self.head, hidden_rejected, rejected))
+            if self.stage == "hydra_sft":
+                losses |= language_losses(self.lm, hidden, chosen, prompts=self.prompts)
+            return losses
+        finally:
+            self.lm.eval()
+
+
+def reward_losses(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
+    """Of the rewards of pairs [B]: the pair loss, and the square of both rewards' sum."""
+    return {
+        "pair": pair_loss(chosen, rejected),
+        "centre": (chosen + rejected).square().mean(),
+        "accuracy": (chosen > rejected).float().mean(),
+    }
+
+
+def language_losses(lm: PreTrainedModel, hidden: Tensor, chosen: Sequences, *, prompts: bool) -> dict[str, Tensor]:
+    """Cross-entropy of the answers and, if asked, of their prompts, from the last hidden states [B, P + R, d].
+
+    Means over the tokens of all processes; a prompt's first token is given, not predicted.
+    """
     begin = 0 if prompts else chosen.prompt_length - 1
     logits = lm.get_output_embeddings()(hidden[:, begin:-1])  # [B, T, V]
     nll = F.cross_entropy(
@@ -51,14 +82,63 @@ def sft_loss(lm: PreTrainedModel, head: nn.Linear, chosen: Sequences, rejected: 
     )  # [B, T]
     predicted = chosen.mask[:, begin:-1] & chosen.mask[:, begin + 1 :]
     answers = torch.arange(begin + 1, chosen.tokens.shape[1], device=nll.device) >= chosen.prompt_length
-    return SFTLoss(
-        pair=pair_loss(reward_chosen, reward_rejected),
-        centre=(reward_chosen + reward_rejected).square().mean(),
-        answer=_mean(nll, predicted & answers),
-        prompt=_mean(nll, predicted & ~answers),
-        accuracy=(reward_chosen > reward_rejected).float().mean(),
-    )
+    losses = {"answer": _mean(nll, predicted & answers)}
+    return losses | ({"prompt": _mean(nll, predicted & ~answers)} if prompts else {})
 
 
 def _mean(x: Tensor, mask: Tensor) -> Tensor:
-    return (x * mask).sum() / mask.sum().clamp(min=1)
+    return (x * mask).sum() / average(mask.sum()).clamp(min=1)
+
+
+def supervise(config: Config, run: Run, stage: str, lm: PreTrainedModel, head: nn.Linear, pairs: Rows) -> None:
+    """Trains ``lm`` and ``head`` in place; ``stage``, one of STAGES, is the phase of the run."""
+    steps = config.rm_steps if stage == "rm" else config.sft_steps
+    module = Supervised(stage, lm, head, config)
+    weights = {
+        "pair": 1.0,
+        "centre": config.center_rewards_coefficient,
+        "answer": config.sft_coef,
+        "prompt": config.prompt_coef,
+    }
+    optimizers = sft_optimizers(config, module)
+    peaks = {name: optimizer.defaults["lr"] for name, optimizer in optimizers.items()}
+    groups = {"norm": [p for p in module.parameters() if p.requires_grad]}
+    descent = Descent(config, optimizers.values(), groups)
+    state = {"lm": lm, "head": head, "scaler": descent.scaler, **optimizers}
+    start = run.restore(state, phase=stage)
+    model = replicated(module) if start < steps else module
+    for step in run.steps(start, steps, STAGES[stage]):
+        for name, optimizer in optimizers.items():
+            optimizer.param_groups[0]["lr"] = peaks[name] * warm_cosine(step, steps)
+        rows = shuffled(step, config.sft_batch_size, len(pairs), config.seed)[share(config.sft_batch_size)]
+        losses = model(*pairs.pairs(rows))
+        loss = sum(weights[name] * losses[name] for name in weights if name in losses)
+        descent.zero_grad()
+        descent.backward(loss)
+        norms = descent.norms()
+        metrics = {name: average(value).item() for name, value in {"loss": loss, **losses}.items()} | norms
+        run.log(step, metrics)
+        check_finite(STAGES[stage], step, metrics)
+        descent.step()
+        if run.should_checkpoint(step, every=max(1, steps // 5)):
+            run.save(step, state)
+
+
+def sft_optimizers(config: Config, module: Supervised) -> dict[str, torch.optim.Optimizer]:
+    """Muon (Jordan et al., 2024) for the matrices of the trunk's layers, if it is asked for, and AdamW for the rest."""
+    names = {f"lm.{layer}.weight" for layer in linear_layers(module.lm)} if config.muon_learning_rate else set()
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    matrices = [p for name, p in trained.items() if name in names]
+    others = [p for name, p in trained.items() if name not in names]
+    decay = {"weight_decay": config.weight_decay}
+    made: dict[str, torch.optim.Optimizer] = {
+        "adamw": torch.optim.AdamW(others, lr=config.sft_learning_rate, betas=(0.9, 0.95), **decay)
+    }
+    if matrices:
+        made["muon"] = torch.optim.Muon(matrices, lr=config.muon_learning_rate, adjust_lr_fn="match_rms_adamw", **decay)
+    return made
+
+
+def warm_cosine(step: int, steps: int, warm_up: int = 30) -> float:
+    """Share of the learning rate: a linear warm-up, then half a cosine from 1 to 0.05."""
+    return min(1.0, (step + 1) / warm_up) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))

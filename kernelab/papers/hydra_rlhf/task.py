@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -10,9 +11,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kernelab._core.errors import bad_value
+from kernelab.experiment.device import accelerator
 from kernelab.papers.hydra_rlhf.config import Config
 from kernelab.papers.hydra_rlhf.data import Preference, read_preferences, standard_library
 from kernelab.papers.hydra_rlhf.model import load_hydra, new_reward_head, small_llama
+from kernelab.papers.hydra_rlhf.reward import RewardFunction
+from kernelab.papers.hydra_rlhf.roles import chosen_methods
 from kernelab.papers.hydra_rlhf.tokens import Encoder, Sequences, join, train_tokenizer
 
 Padded = tuple[Tensor, Tensor]
@@ -70,7 +74,11 @@ class Questions:
 
 @dataclass(frozen=True)
 class Task:
-    """The model and its data: preference pairs to learn from, questions to answer, and as much that is held out."""
+    """The models and their data: preference pairs to learn from, questions to answer, and as much that is held out.
+
+    ``head`` reads rewards from ``reward_lm``, or from ``lm`` where there is none; PPO asks the ``reward_function``
+    instead, if there is one.
+    """
 
     lm: PreTrainedModel
     head: nn.Linear
@@ -79,11 +87,18 @@ class Task:
     questions: Questions
     held_out_pairs: Rows
     held_out_questions: Questions
+    reward_lm: PreTrainedModel | None = None
+    reward_function: RewardFunction | None = None
+
+    def copied(self) -> Task:
+        """The same task with models of its own."""
+        models = ("lm", "head", "reward_lm")
+        return replace(self, **{name: copy.deepcopy(getattr(self, name)) for name in models})
 
 
 def prepare(config: Config) -> Task:
     """Reads the data and makes or loads tokenizer, trunk and reward head, all from the config."""
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    device = accelerator().device
     lm = tokenizer = head = None
     if config.model:
         lm, tokenizer, head = load_hydra(config.model, config.prompt_length + config.response_length)
@@ -97,8 +112,10 @@ def prepare(config: Config) -> Task:
         tokenizer = train_tokenizer(data.texts(), config.vocab_size)
     encoder = Encoder(tokenizer, data, config.prompt_length, config.response_length)
     lm = lm or small_llama(config, encoder)
-    if head is None and not config.sft_steps:
-        raise bad_value("hydra-rlhf", "sft_steps", "more than 0, for the model has no reward head", 0)
+    if head is None and (name := _head_needs(config)):
+        raise bad_value("hydra-rlhf", name, "more than 0, for the model has no reward head", 0)
+    if config.gradient_checkpointing and not lm.supports_gradient_checkpointing:
+        raise bad_value("hydra-rlhf", "gradient_checkpointing", "False, for the model cannot do it", True)
     head = head or new_reward_head(lm)
     lm.to(device).eval()  # dropout stays off: old and new log-probabilities must come from one function
     pairs, held_out = (Rows.encode(rows, encoder, device) for rows in (data.train, data.held_out))
@@ -110,4 +127,13 @@ def prepare(config: Config) -> Task:
         questions=Questions.of(data.train, pairs),
         held_out_pairs=held_out,
         held_out_questions=Questions.of(data.held_out, held_out, config.eval_prompts),
+        reward_function=RewardFunction(config.reward, encoder) if config.reward else None,
     )
+
+
+def _head_needs(config: Config) -> str | None:
+    """The setting that leaves a new reward head untrained though a reward is read from it."""
+    if config.reward is not None:
+        return None
+    steps = {"sft_steps" if method.joint else "rm_steps" for method in chosen_methods(config).values()}
+    return next((name for name in sorted(steps) if not getattr(config, name)), None)

@@ -142,7 +142,15 @@ class Encoder:
 
     def decode(self, sequences: Sequences) -> list[str]:
         """The answers as text."""
-        rows = [ids[keep].tolist() for ids, keep in zip(sequences.answers, sequences.answer_mask, strict=True)]
+        return self._texts(sequences.answers, sequences.answer_mask)
+
+    def decode_prompts(self, sequences: Sequences) -> list[str]:
+        """The prompts as text, as far as they were kept."""
+        end = sequences.prompt_length
+        return self._texts(sequences.tokens[:, :end], sequences.mask[:, :end])
+
+    def _texts(self, tokens: Tensor, mask: Tensor) -> list[str]:
+        rows = [ids[keep].tolist() for ids, keep in zip(tokens, mask, strict=True)]
         return [text.strip() for text in self.tokenizer.batch_decode(rows, skip_special_tokens=True)]
 
     def _ids(self, texts: Iterable[str]) -> list[list[int]]:
