@@ -1,5 +1,6 @@
 # make demo   trains Hydra-PPO on real text on the CPU (creates .venv the first time)
 # make test   runs every CPU test
+# make slow   runs the tests that take longer
 # make bench  measures kernelab beside its peers
 # make lint   ruff and clang-format, as in CI
 PYTHON ?= python3
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ROW := OPENBLAS_NUM_THREADS=1
 
-.PHONY: demo test bench lint format clean
+.PHONY: demo test slow bench lint format clean
 
 demo: $(STAMP)
 	$(BIN)/kernelab run hydra-rlhf --preset demo $(ARGS)
@@ -18,6 +19,9 @@ test: $(STAMP)
 	$(ROW) $(BIN)/python -m pytest -m "not interp and not aot and not gpu and not slow" $(ARGS)
 	$(ROW) TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "interp and not slow" $(ARGS)
 	$(ROW) $(BIN)/python -m pytest -m "aot and not slow" $(ARGS)
+
+slow: $(STAMP)
+	$(ROW) $(BIN)/python -m pytest -m "slow and not interp and not aot and not gpu" $(ARGS)
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
