@@ -7,7 +7,7 @@ see the very launches of a call.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 from triton import cdiv
 
+from kernelab._core.launch import capability, run, unit_stride
 from kernelab._core.philox import dropout_threshold
 from kernelab._core.spec import Launch
 
 from . import triton_kernels as kernels
 from .reference import Segment, segments
-from .triton_tuning import Configuration, capability, configuration
+from .triton_tuning import Configuration, configuration
 
 NO_DROPOUT = {"seed": 0, "threshold": 0, "DROPOUT": False}
 
@@ -29,7 +30,7 @@ def forward(x, weight, bias, base, lora_a, lora_b, counts, adapters, scaling, ke
     rows = routing(tuple(counts), tuple(adapters), tuple(keep))
     arguments = x, weight, bias, base, lora_a, lora_b, rows, scaling, dropout_p, seed
     launches, y, s = plan_forward(*arguments, capability(x.device))
-    _run(launches, x)
+    run(launches, x)
     return y, s if rows.kept == rows.slots else s[: rows.kept].clone()  # a slice would hold the other rows too
 
 
@@ -37,15 +38,8 @@ def backward(dy, x, s, weight, lora_a, lora_b, counts, adapters, scaling, keep, 
     rows = routing(tuple(counts), tuple(adapters), tuple(keep))
     arguments = dy, x, s, weight, lora_a, lora_b, rows, scaling, dropout_p, seed, need
     launches, *gradients = plan_backward(*arguments, capability(dy.device))
-    _run(launches, dy)
+    run(launches, dy)
     return tuple(gradients)
-
-
-def _run(launches: Iterable[Launch], like: Tensor) -> None:
-    with torch.cuda.device_of(like):
-        for launch in launches:
-            if all(launch.grid):
-                launch.kernel[launch.grid](**launch.args, **launch.options)
 
 
 @dataclass(frozen=True)
@@ -114,7 +108,7 @@ def plan_forward(x, weight, bias, base, lora_a, lora_b, rows: Rows, scaling, dro
     n, (m, k) = base.shape[1] if weight is None else weight.shape[0], x.shape
     width = max((a.shape[0] for a in lora_a), default=0)
     config = configuration(n, k, width, x.dtype, capability)
-    x, s, y = _unit_stride(x), x.new_empty(rows.slots, width), x.new_empty(m, n)
+    x, s, y = unit_stride(x), x.new_empty(rows.slots, width), x.new_empty(m, n)
     down, up = _factors(lora_a, rows, rank_first=True), _factors(lora_b, rows, rank_first=False)
     shrink = _shrink("S", x, down, s, rows, rows.used, config, 1 / (1 - dropout_p), _dropout(dropout_p, seed))
     main = _main("y", x, weight, bias, base, s, up, scaling, y, rows, config, NO_DROPOUT)
@@ -130,7 +124,7 @@ def plan_backward(dy, x, s, weight, lora_a, lora_b, rows: Rows, scaling, dropout
     of_y, of_x = configuration(n, k, width, dy.dtype, capability), configuration(k, n, width, dy.dtype, capability)
     down, up = _factors(lora_a, rows, rank_first=True), _factors(lora_b, rows, rank_first=False)
     dropout, widened = _dropout(dropout_p, seed), [c / (1 - dropout_p) for c in scaling]
-    dy, x, s = _unit_stride(dy), _unit_stride(x), s.contiguous()
+    dy, x, s = unit_stride(dy), unit_stride(x), s.contiguous()
     dx, ds = dy.new_empty(m if need_x else 0, k), dy.new_empty(rows.slots, width)
     da, db = _gradients(lora_a, need_a, rows), _gradients(lora_b, need_b, rows)
     launches = []
@@ -156,10 +150,6 @@ def plan_backward(dy, x, s, weight, lora_a, lora_b, rows: Rows, scaling, dropout
         transposed = None if weight is None else weight.mT
         launches.append(_main("dx", dy, transposed, None, None, ds, down, widened, dx, rows, of_x, dropout))
     return launches, dx, da, db
-
-
-def _unit_stride(t: Tensor) -> Tensor:
-    return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def _dropout(dropout_p: float, seed: int) -> dict:
@@ -203,7 +193,7 @@ def _main(name, x, weight, bias, base, t, factors, scaling, out, rows, config: C
             _linear(x[part.rows], weight, bias, out[part.rows])
         base, wanted = out, rows.used
     blocks = config.expand
-    base = None if base is None else _unit_stride(base)
+    base = None if base is None else unit_stride(base)
     tiles = tile_table(rows, wanted, blocks.rows, x.device)
     args |= {"base_ptr": base, "tiles_ptr": tiles.entries, "stride_base": 0 if base is None else base.stride(0)}
     args |= {"BLOCK_M": blocks.rows, "BLOCK_N": blocks.columns}

@@ -10,23 +10,11 @@ from typing import NamedTuple
 
 import torch
 
+from kernelab._core.launch import Blocks, power_of_two
+
 # Where the main GEMM is Triton's, with the adapter inside; elsewhere it is cuBLAS's, and a kernel adds the adapter.
 # float32 is elsewhere because Triton multiplies it without tensor cores. Not yet measured on a GPU.
 FUSED_DTYPES = (torch.bfloat16, torch.float16)
-
-
-class Blocks(NamedTuple):
-    """Sizes of one kernel's blocks: rows and columns of the output, length of a step of the sum."""
-
-    rows: int
-    columns: int
-    inner: int
-    warps: int
-    stages: int
-
-    @property
-    def options(self) -> dict[str, int]:
-        return {"num_warps": self.warps, "num_stages": self.stages}
 
 
 class Configuration(NamedTuple):
@@ -43,21 +31,13 @@ class Configuration(NamedTuple):
     rank_block: int  # ranks of one program of shrink and gram
 
 
-def capability(device: torch.device) -> int:
-    """Compute capability, 90 for an H100; 0 for a GPU of AMD. The interpreter uses the blocks of 90."""
-    if device.type != "cuda":
-        return 90
-    major, minor = torch.cuda.get_device_capability(device)
-    return 0 if torch.version.hip else 10 * major + minor
-
-
 @functools.lru_cache(maxsize=256)
 def configuration(columns: int, inner: int, rank: int, dtype: torch.dtype, capability: int) -> Configuration:
     """Block sizes for ``[rows, inner] @ [inner, columns]`` with adapters of at most ``rank``."""
     fast = dtype.itemsize == 2 and columns % 16 == 0 and inner % 16 == 0  # tensor cores and asynchronous copies
     amd, datacenter = capability == 0, capability in (90, 100, 103)
     stages = 2 if amd else 3
-    rank_block = min(_power_of_two(rank), 128 if fast else 32)
+    rank_block = min(power_of_two(rank), 128 if fast else 32)
     if fast:
         main = Blocks(128, 256 if datacenter or capability == 80 else 128, 64 if datacenter else 32, 8, stages)
         shrink = Blocks(32, 0, 64, 4, 5 if datacenter else stages)
@@ -65,7 +45,7 @@ def configuration(columns: int, inner: int, rank: int, dtype: torch.dtype, capab
     else:
         # gram: at 64 columns, with dropout, Triton 3.7 makes tf32 of float32 on sm_100, whatever precision one asks for
         main, shrink, gram = Blocks(64, 64, 32, 4, stages), Blocks(32, 0, 32, 4, stages), Blocks(0, 32, 32, 4, stages)
-    main = main._replace(columns=min(main.columns, _power_of_two(columns)))
+    main = main._replace(columns=min(main.columns, power_of_two(columns)))
     # Rows of one partial sum: a program for every multiprocessor from 4096 rows on, but few bytes beside those of x.
     rows = max(32 * -(-columns // gram.columns), 8 * rank)
     return Configuration(
@@ -73,14 +53,9 @@ def configuration(columns: int, inner: int, rank: int, dtype: torch.dtype, capab
         once=16 * rank <= gram.columns * dtype.itemsize,  # partial sums of dS: at most half the bytes of dy
         main=main,
         main_dropout=main._replace(columns=min(main.columns, 128)),
-        expand=Blocks(64, min(64, _power_of_two(columns)), 0, 4, 1),
+        expand=Blocks(64, min(64, power_of_two(columns)), 0, 4, 1),
         shrink=shrink,
-        gram=gram._replace(rows=min(1024, max(128, _power_of_two(rows)))),
+        gram=gram._replace(rows=min(1024, max(128, power_of_two(rows)))),
         rank_step=min(rank_block, 64 if datacenter else 32),
         rank_block=rank_block,
     )
-
-
-def _power_of_two(size: int) -> int:
-    """The smallest power of two that is at least ``size`` and 16, the shortest side of a matrix instruction."""
-    return max(16, 1 << (size - 1).bit_length())
