@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from kernelab._core import native
+from kernelab._core import native, onednn
 from kernelab._core.philox import dropout_mask
 from kernelab.ops import lora_linear
 from kernelab.ops.lora_linear import cpu_kernels
@@ -184,7 +184,7 @@ def test_large_float32_and_a_rank_beyond_the_kernels(dropout_p):
     assert torch.equal(got[0][100:160], F.linear(x[100:160], weight, bias))
     for index, tensors in enumerate(zip(got, plain, exact, strict=True)):
         check(f"output {index}", *tensors, BACKWARD if index else FORWARD)
-    assert cpu_kernels._onednn_wins(x[:100], weight) == torch.backends.mkldnn.is_available()
+    assert onednn.wins(x[:100], weight) == torch.backends.mkldnn.is_available()
 
 
 def test_single_columns_of_transposed_matrices():

@@ -57,6 +57,7 @@ def _register(backend: str, module: str, priority: int, devices: tuple[str, ...]
 
 
 _register("reference", "reference", 0, (), lambda device, dtype: None)
+_register("cpu", "cpu_kernels", 10, ("cpu",), registry.cpu_support)
 
 
 class _LinearLogprob(torch.autograd.Function):

@@ -155,7 +155,7 @@ _MISUSES = (
 )
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_DTYPES = {"reference": _FLOATS}
+_DTYPES = {"reference": _FLOATS, "cpu": _FLOATS}
 _DYNAMIC = {"hidden": {0: "batch", 1: "tokens"}, "target": {0: "batch", 1: "tokens"}}
 
 SPECS = (

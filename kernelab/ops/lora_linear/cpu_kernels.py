@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernelab._core import native
+from kernelab._core import native, onednn
 from kernelab._core.philox import dropout_threshold
 
 from .reference import dropped, segments
@@ -42,7 +42,7 @@ def backward(dy, x, s, weight, lora_a, lora_b, counts, adapters, scaling, keep, 
     if need_x and weight is None:
         dx = dy.new_zeros(dy.shape[0], x.shape[1])
     elif need_x:
-        dx = _onednn_linear(dy, weight.mT, None) if _onednn_wins(dy, weight) else torch.mm(dy, weight)
+        dx = onednn.linear(dy, weight.mT, None) if onednn.wins(dy, weight) else torch.mm(dy, weight)
     wide = torch.float64 if dy.dtype == torch.float64 else torch.float32
     da = [torch.zeros(a.shape, dtype=wide) if needed else None for a, needed in zip(lora_a, need_a, strict=True)]
     db = [torch.zeros(b.shape, dtype=wide) if needed else None for b, needed in zip(lora_b, need_b, strict=True)]
@@ -71,20 +71,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tens
 
 def _linear_of_on_rows(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
     """As ``F.linear`` within rounding, in ``out`` or in a new tensor."""
-    return _onednn_linear(x, weight, bias) if _onednn_wins(x, weight) else _linear(x, weight, bias, out)
-
-
-def _onednn_wins(x: Tensor, weight: Tensor) -> bool:
-    """In float32 torch calls MKL, which leaves AVX-512 unused on AMD: oneDNN takes half the time there.
-
-    Below the size its fixed cost of about 10 us shows.
-    """
-    large = x.shape[0] * weight.numel() >= 2**21
-    return large and x.dtype == torch.float32 and torch._C._get_mkldnn_enabled() and torch._C._has_mkldnn
-
-
-def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return onednn.linear(x, weight, bias) if onednn.wins(x, weight) else _linear(x, weight, bias, out)
 
 
 def _add_torch(y, base, x, s, a, b, scale, first_row, dropout_p, seed):
