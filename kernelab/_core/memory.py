@@ -28,9 +28,9 @@ class LiveBytes(TorchDispatchMode):
         phases: the peak inside each ``phase``.
 
     Memory that exists before the block counts only after ``track``; an allocator's rounding never counts. Under
-    ``FakeTensorMode`` nothing is allocated and the counts are the same, but for what a kernelab op makes and frees
-    inside itself: enter it first and make the model inside it. ``UntypedStorage.resize_`` shows when the storage next
-    passes through an operator.
+    ``FakeTensorMode`` nothing is allocated and the counts are the same: enter it first and make the model inside it.
+    What a kernelab op makes and frees inside itself counts too, but for fake tensors off the CPU.
+    ``UntypedStorage.resize_`` shows when the storage next passes through an operator.
 
     Example:
         >>> with LiveBytes() as live:
@@ -73,11 +73,11 @@ class LiveBytes(TorchDispatchMode):
             return NotImplemented  # the operators on the tensors inside come here too
         # lift_fresh is how torch.tensor presents what it has just made
         if func is not torch.ops.aten.lift_fresh.default:
-            for storage in _storages((args, kwargs)):
+            for storage in storages((args, kwargs)):
                 if storage._cdata not in self._bytes:
                     self._register(storage, None)
         result = self._run(func, args, kwargs or {})
-        for storage in _storages(result):
+        for storage in storages(result):
             if storage._cdata not in self._bytes:
                 self._register(storage, 0)
             self._measure(storage)
@@ -85,7 +85,9 @@ class LiveBytes(TorchDispatchMode):
 
     def _run(self, func, args, kwargs):
         body = BODIES.get(func)
-        if body is None or any(isinstance(leaf, FakeTensor) for leaf in tree_leaves(args)):
+        if body is None or any(
+            isinstance(leaf, FakeTensor) and leaf.device.type != "cpu" for leaf in tree_leaves(args)
+        ):
             return func(*args, **kwargs)
         with self:  # which is off while it dispatches
             return body(*args, **kwargs)
@@ -99,8 +101,7 @@ class LiveBytes(TorchDispatchMode):
         before, now = self._bytes[storage._cdata], storage.nbytes()
         if before is not None and before != now:
             self._bytes[storage._cdata] = now
-            self.current += now - before
-            self._record()
+            self._change(storage._cdata, now - before)
 
     def _record(self) -> None:
         self.peak = max(self.peak, self.current)
@@ -108,7 +109,11 @@ class LiveBytes(TorchDispatchMode):
             self.phases[name] = max(self.phases.get(name, 0), self.current)
 
     def _forget(self, key: int) -> None:
-        self.current -= self._bytes.pop(key) or 0
+        self._change(key, -(self._bytes.pop(key) or 0))
+
+    def _change(self, key: int, size: int) -> None:
+        self.current += size
+        self._record()
 
 
 def saved_bytes(fn: Callable[[], object], *, exclude: Iterable[torch.Tensor] = ()) -> int:
@@ -134,8 +139,8 @@ def saved_bytes(fn: Callable[[], object], *, exclude: Iterable[torch.Tensor] = (
     tensors = [saved.tensor for saved in alive]
     del result  # the graph, and with it every _Saved, lives as long as the result
     parameters = [t for t in tensors if isinstance(t, torch.nn.Parameter) or isinstance(t._base, torch.nn.Parameter)]
-    ignored = {storage._cdata for storage in _storages([*parameters, *exclude])}
-    kept = {storage._cdata: storage.nbytes() for storage in _storages(tensors)}
+    ignored = {storage._cdata for storage in storages([*parameters, *exclude])}
+    kept = {storage._cdata: storage.nbytes() for storage in storages(tensors)}
     return sum(size for key, size in kept.items() if key not in ignored)
 
 
@@ -144,7 +149,8 @@ class _Saved:
         self.tensor = tensor
 
 
-def _storages(tree: object) -> Iterator[torch.UntypedStorage]:
+def storages(tree: object) -> Iterator[torch.UntypedStorage]:
+    """The storages of the tensors in ``tree``."""
     for leaf in tree_leaves(tree):
         if isinstance(leaf, torch.Tensor):
             for plain in _plain(leaf):

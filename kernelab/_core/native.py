@@ -8,6 +8,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from .errors import NativeLoadError, bad_value
 
@@ -28,7 +29,7 @@ def reason_missing() -> str | None:
 
 
 def call(name: str, *arguments) -> None:
-    """Calls a function of the extension; tensors go in as pointers and live until it returns.
+    """Calls a function of the extension; tensors go in as pointers and live until it returns. On fake tensors, nothing.
 
     Raises:
         NativeLoadError: the extension is not there; says how to build it.
@@ -46,4 +47,6 @@ def call(name: str, *arguments) -> None:
             argument.device.type != "cpu" or argument.layout != torch.strided or argument.stride(-1) != 1
         ):
             raise bad_value(name, "tensor", "a CPU tensor whose last dimension is contiguous", argument)
+    if any(isinstance(argument, FakeTensor) for argument in arguments):
+        return  # the extension only writes into what it is given, and that has no memory
     getattr(module, name)(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments))
