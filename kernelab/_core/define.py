@@ -33,7 +33,8 @@ def define(op: str, phase: str, signature: str, fake: Callable) -> Callable:
     def body(*args):
         *arguments, backend = args
         module = registry.select(op, backend, arguments[0].device, arguments[0].dtype)
-        with torch.no_grad():  # derivatives are the business of the autograd.Function around the op
+        # Derivatives and casts are the business of what is around the op.
+        with torch.no_grad(), torch._C._DisableAutocast():
             return getattr(module, phase)(*arguments)
 
     _LIBRARY.define(name + signature)

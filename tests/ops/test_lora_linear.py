@@ -156,6 +156,20 @@ def test_autocast_computes_as_a_linear_layer_would():
     assert call["x"].grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_around_backward_alone_changes_nothing(backend):
+    """A cast inside the op would hand a kernel fewer bytes than it writes."""
+    grads = []
+    for enabled in (False, True):
+        call = make()
+        y = lora_linear(**call, segments=[(12, None), (12, 0)], backend=backend)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            y.sin().sum().backward()
+        grads.append([t.grad for t in (call["x"], call["lora_a"][0], call["lora_b"][0])])
+    for got, want in zip(*reversed(grads), strict=True):
+        assert torch.equal(got, want)
+
+
 def _adapters(call):
     return {name: call[name] for name in ("x", "lora_a", "lora_b", "scaling")}
 
