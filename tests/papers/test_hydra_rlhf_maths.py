@@ -110,13 +110,45 @@ def test_whitening(draw, mask):
     assert not shifted[~mask].any()
 
 
-@pytest.mark.parametrize("value", [0.0, 2.5, -1e4])
-def test_whitening_equal_advantages_gives_zeros(value, mask):
-    white = ppo.whiten(torch.full((B, R), value), mask)
-    assert white.abs().max() < 1e-3
+@pytest.mark.parametrize("value", [0.0, 0.1, 2.5, -1e4 / 3, 7.7e8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_whitening_equal_numbers_gives_zeros(value, dtype, mask):
+    assert not ppo.whiten(torch.full((B, R), value, dtype=dtype), mask).any()
+    many = torch.ones(1009, 31, dtype=torch.bool)
+    assert not ppo.whiten(torch.full(many.shape, value, dtype=dtype), many).any()
     one = torch.zeros_like(mask)
     one[2, 3] = True
-    assert not ppo.whiten(torch.full((B, R), value), one).any()
+    assert not ppo.whiten(torch.full((B, R), value, dtype=dtype), one).any()
+
+
+def test_kl_estimates(draw, mask):
+    logprob, reference = draw(B, R), draw(B, R)
+    first, third = (ppo.kl_estimates(logprob, reference, estimator) for estimator in ("k1", "k3"))
+    for b, t in real(mask):
+        gap = float(reference[b, t] - logprob[b, t])
+        assert first[b, t].item() == pytest.approx(-gap, abs=1e-12)
+        assert third[b, t].item() == pytest.approx(math.exp(gap) - 1 - gap, abs=1e-12)
+    assert (third >= 0).all()
+    logits, other = draw(V).log_softmax(0), draw(V).log_softmax(0)
+    exact = (logits.exp() * (logits - other)).sum()
+    for estimator in ("k1", "k3"):  # both are right in the mean over the policy's tokens
+        torch.testing.assert_close((logits.exp() * ppo.kl_estimates(logits, other, estimator)).sum(), exact)
+    close = torch.tensor([1e-6]).log()
+    assert ppo.kl_estimates(close, close + 1e-4, "k3").item() == pytest.approx(5e-9, rel=0.1)
+
+
+def test_running_moments_are_those_of_all_numbers(draw):
+    batches = [3 * draw(size) + 2 for size in (4, 1, 9)]
+    moments = ppo.RunningMoments()
+    for count in range(1, 4):
+        seen = torch.cat(batches[:count])
+        other = ppo.RunningMoments()
+        other.load_state_dict(moments.state_dict())
+        found = moments.normalize(batches[count - 1])
+        expected = (batches[count - 1] - seen.mean()) / seen.std(unbiased=False)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+        assert torch.equal(other.normalize(batches[count - 1]), found)
+    assert not ppo.RunningMoments().normalize(torch.full((7,), 0.1)).any()
 
 
 def test_token_rewards(draw, mask):

@@ -186,27 +186,24 @@ class Roles(nn.Module):
     @torch.no_grad()
     def score(self, sequences: Sequences, *, policy: bool = True) -> Scores:
         """All four roles, without gradients; without ``policy`` the two that do not train."""
-        states = self._states(sequences, *self.players if policy else ("reference", "reward"))
-        reference, _ = self._logprobs("reference", states, sequences)
-        reward = self._rewards(states, sequences)
-        if not policy:
-            return Scores(reward, reference)
-        logprob, _ = self._logprobs("actor", states, sequences)
-        return Scores(reward, reference, logprob, self._values(states, sequences))
+        found = self._play(sequences, "reference", "reward", *(("actor", "critic") if policy else ()))
+        reference, _ = found["reference"]
+        logprob, _ = found.get("actor", (None, None))
+        return Scores(found["reward"], reference, logprob, found.get("critic"))
 
     def forward(self, sequences: Sequences) -> Outputs:
         """The two roles that train."""
         self.train(self.checkpointing)  # the mode in which transformers checkpoints its layers
         try:
-            states = self._states(sequences, "actor", "critic")
-            return Outputs(*self._logprobs("actor", states, sequences), self._values(states, sequences))
+            found = self._play(sequences, "actor", "critic")
         finally:
             self.eval()
+        return Outputs(*found["actor"], found["critic"])
 
     @torch.no_grad()
     def reward(self, sequences: Sequences) -> Tensor:
         """The rewards of answers alone, without gradients, [B]."""
-        return self._rewards(self._states(sequences, "reward"), sequences)
+        return self._play(sequences, "reward")["reward"]
 
     def actor_parameters(self) -> list[nn.Parameter]:
         return self._trained("actor")
@@ -250,34 +247,33 @@ class Roles(nn.Module):
         lm, adapter = self._trunk(name), self.players[name].adapter
         return adapter_parameters(lm, adapter) if adapter else [p for p in lm.parameters() if p.requires_grad]
 
-    def _states(self, sequences: Sequences, *names: str) -> dict[str, Tensor]:
-        """Last hidden states [B, P + R, d] of roles, from one pass of each trunk that plays any of them."""
-        found: dict[str, Tensor] = {}
-        for trunk, lm in self.trunks.items():
-            played = {
-                name: player.adapter for name in names if (player := self.players.get(name)) and player.trunk == trunk
-            }
-            if not played:
-                continue
-            adapters = list(dict.fromkeys(played.values()))
-            with streams(lm, adapters) if self._adapters_of(trunk) else nullcontext():
-                chunks = hidden_states(lm, sequences.repeat(len(adapters))).chunk(len(adapters))
-            found |= {name: chunks[adapters.index(adapter)] for name, adapter in played.items()}
+    def _play(self, sequences: Sequences, *names: str) -> dict[str, Any]:
+        """What each role makes of the answers, from one pass of each trunk that plays any of them."""
+        found: dict[str, Any] = {}
+        if "reward" in names and self.reward_function is not None:
+            found["reward"] = self.reward_function(sequences)
+        for trunk in self.trunks:
+            played = {name: player for name, player in self.players.items() if name in names and player.trunk == trunk}
+            if played:
+                found |= self._pass(trunk, {name: player.adapter for name, player in played.items()}, sequences)
         return found
 
-    def _logprobs(self, name: str, states: dict[str, Tensor], sequences: Sequences) -> tuple[Tensor, Tensor]:
+    def _pass(self, trunk: str, played: dict[str, str | None], sequences: Sequences) -> dict[str, Any]:
+        lm, adapters = self.trunks[trunk], list(dict.fromkeys(played.values()))
+        with streams(lm, adapters) if self._adapters_of(trunk) else nullcontext():
+            chunks = hidden_states(lm, sequences.repeat(len(adapters))).chunk(len(adapters))
+        return {name: self._read(name, chunks[adapters.index(adapter)], sequences) for name, adapter in played.items()}
+
+    def _read(self, name: str, hidden: Tensor, sequences: Sequences) -> Any:
+        """A role's answer from its last hidden states [B, P + R, d]."""
+        if name == "reward":
+            return rewards(self.reward_head, hidden, sequences)
+        states = before_answers(hidden, sequences)
+        if name == "critic":
+            states = states.detach() if self.detached else states
+            return self.value_head(states.to(self.value_head.weight.dtype)).squeeze(-1)
         head = self._trunk(name).get_output_embeddings()
-        return token_logprobs(before_answers(states[name], sequences), head, sequences.answers, self.temperature)
-
-    def _values(self, states: dict[str, Tensor], sequences: Sequences) -> Tensor:
-        hidden = before_answers(states["critic"], sequences)
-        hidden = hidden.detach() if self.detached else hidden
-        return self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1)
-
-    def _rewards(self, states: dict[str, Tensor], sequences: Sequences) -> Tensor:
-        if self.reward_function is not None:
-            return self.reward_function(sequences)
-        return rewards(self.reward_head, states["reward"], sequences)
+        return token_logprobs(states, head, sequences.answers, self.temperature)
 
 
 class Trained:
