@@ -188,14 +188,20 @@ def test_lora_ppo_from_hydra_sft_learns_the_same(finished, tmp_path, data):
     assert mine["reward"]["before"] == pytest.approx(other["reward"]["before"], abs=1e-5)
 
 
-def test_a_causal_lm_by_path_without_a_padding_token(tmp_path, data):
+@pytest.fixture
+def saved_gpt2(tmp_path):
+    """A model with dropout and its tokenizer, which has no padding token."""
     tokenizer = train_tokenizer(["def get_path(self): return the path"], 600)
     tokenizer.pad_token = None
     torch.manual_seed(0)
     sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 17}
     GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "gpt2")
     tokenizer.save_pretrained(tmp_path / "gpt2")
-    flags = ["--model", str(tmp_path / "gpt2"), "--cost-steps", "0", "--sft-steps", "2", "--ppo-steps", "2"]
+    return tmp_path / "gpt2"
+
+
+def test_a_causal_lm_by_path_without_a_padding_token(saved_gpt2, tmp_path, data):
+    flags = ["--model", str(saved_gpt2), "--cost-steps", "0", "--sft-steps", "2", "--ppo-steps", "2"]
     assert main(arguments(tmp_path / "run", data, *flags)) == 0
     lm, _, head = load_hydra(str(tmp_path / "run" / "model"), 17)
     assert type(lm).__name__ == "GPT2LMHeadModel"
@@ -204,11 +210,40 @@ def test_a_causal_lm_by_path_without_a_padding_token(tmp_path, data):
         load_hydra(str(tmp_path / "run" / "model"), 18)
 
 
+def test_a_loaded_model_computes_the_same_in_training_mode(saved_gpt2):
+    lm, _, _ = load_hydra(str(saved_gpt2), 17)
+    tokens = torch.arange(12)[None]
+    with torch.no_grad():
+        assert torch.equal(lm.eval()(input_ids=tokens).logits, lm.train()(input_ids=tokens).logits)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(saved_gpt2):
+    tokenizer = AutoTokenizer.from_pretrained(saved_gpt2)
+    tokenizer.add_tokens(["<another>"])
+    tokenizer.save_pretrained(saved_gpt2)
+    with pytest.raises(ValueError, match=rf"at most its {len(tokenizer) - 1} tokens, got {len(tokenizer)}"):
+        load_hydra(str(saved_gpt2), 17)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("method", ["hydra", "ppo"])
 def test_16_bits_run(tmp_path, data, dtype, method):
     flags = f"--dtype {dtype} --method {method} --cost-steps 0 --sft-steps 2 --rm-steps 2 --ppo-steps 2"
     assert main(arguments(tmp_path / "run", data, *flags.split())) == 0
+
+
+def rewards(prompts, answers):
+    """A reward for the run below."""
+    assert all("return self . " in prompt for prompt in prompts)
+    return [len(answer) / 100 for answer in answers]
+
+
+def test_a_python_function_as_the_reward(tmp_path, data, monkeypatch):
+    flags = f"--reward {__name__}:rewards --method lora --rm-steps 0 --cost-steps 0 --ppo-steps 2"
+    assert main(arguments(tmp_path / "run", data, *flags.split())) == 0
+    assert method_summary(tmp_path / "run", "lora")["ranking_accuracy"] is None
+    assert {line["phase"] for line in records(tmp_path / "run")} == {"sft", "ppo_lora"}
+    assert not (tmp_path / "run" / "reward_model").exists()
 
 
 @pytest.mark.parametrize(
