@@ -58,6 +58,13 @@ def _register(backend: str, module: str, priority: int, devices: tuple[str, ...]
 
 _register("reference", "reference", 0, (), lambda device, dtype: None)
 _register("cpu", "cpu_kernels", 10, ("cpu",), registry.cpu_support)
+_register(
+    "triton",
+    "triton_launch",
+    20,
+    ("cuda",),
+    lambda device, dtype: registry.triton_support(device) or ("no float64" if dtype == torch.float64 else None),
+)
 
 
 class _LinearLogprob(torch.autograd.Function):

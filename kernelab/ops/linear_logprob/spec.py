@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kernelab._core.spec import Case, Misuse, OpSpec
 
-from . import linear_logprob
+from . import linear_logprob, triton_spec
 from . import reference as definition
 
 
@@ -155,7 +155,7 @@ _MISUSES = (
 )
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_DTYPES = {"reference": _FLOATS, "cpu": _FLOATS}
+_DTYPES = {"reference": _FLOATS, "cpu": _FLOATS, "triton": _FLOATS[:3]}
 _DYNAMIC = {"hidden": {0: "batch", 1: "tokens"}, "target": {0: "batch", 1: "tokens"}}
 
 SPECS = (
@@ -168,6 +168,7 @@ SPECS = (
         bytes_moved=_bytes_moved(entropy=False),
         flops=_flops(entropy=False),
         dynamic=_DYNAMIC,
+        launches=triton_spec.launches,
         misuses=_MISUSES,
     ),
     OpSpec(
