@@ -17,7 +17,7 @@ _POSITIVE = (
 )
 _NOT_NEGATIVE = (
     *("sft_steps", "rm_steps", "sft_coef", "center_rewards_coefficient", "prompt_coef", "weight_decay", "ppo_steps"),
-    *("kl_coef", "vf_coef", "muon_learning_rate", "missing_eos_penalty", "eval_prompts", "cost_steps"),
+    *("kl_coef", "vf_coef", "muon_learning_rate", "missing_eos_penalty", "eval_prompts", "cost_steps", "cost_memory"),
 )
 _FRACTIONS = ("gamma", "lam")
 
@@ -118,6 +118,8 @@ class Config:
     cost_steps: int = 5
     """PPO steps in which cost_methods are timed side by side, and their peak memory counted; 0: not at all."""
     cost_methods: tuple[MethodName, ...] = ("lora", "hydra")
+    cost_memory: int = 0
+    """Bytes: cost_methods are also timed at the largest batch whose peak these hold; 0: not."""
 
     def __post_init__(self) -> None:
         for names, holds, expected in (
@@ -160,7 +162,11 @@ PRESETS = {
         prompt_length=128,
         response_length=24,
         sft_steps=800,
+        rm_steps=400,
         ppo_steps=100,
+        method="all",
+        cost_methods=("ppo", "lora", "dynamic", "j_hydra", "hydra"),
+        cost_memory=100_000_000,
     ),
     "paper": Config(
         model="meta-llama/Llama-2-7b-hf",
@@ -168,6 +174,7 @@ PRESETS = {
         prompt_length=400,
         response_length=400,
         sft_steps=30_000,
+        rm_steps=30_000,
         sft_batch_size=2,
         sft_learning_rate=1e-6,
         muon_learning_rate=0.0,

@@ -29,8 +29,8 @@ def costs(found: Sequence[Cost]) -> Figure:
     memory.bar(names, [cost.states / 1e6 for cost in found], label="weights and optimizer state")
     memory.set_ylabel("MB")
     bottom = [0.0] * len(found)
-    for part in found[0].seconds:
-        parts = [cost.seconds[part] * 1e3 for cost in found]
+    for part in found[-1].seconds:
+        parts = [cost.seconds.get(part, 0.0) * 1e3 for cost in found]
         time.bar(names, parts, bottom=bottom, label=part)
         bottom = [low + part for low, part in zip(bottom, parts, strict=True)]
     time.set_ylabel("milliseconds a sample")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -20,6 +20,9 @@ from kernelab.papers.hydra_rlhf.config import Config
 from kernelab.papers.hydra_rlhf.model import before_answers, digest, hidden_states, linear_layers, rewards
 from kernelab.papers.hydra_rlhf.ppo import token_logprobs
 from kernelab.papers.hydra_rlhf.tokens import Sequences
+
+if TYPE_CHECKING:
+    from kernelab.papers.hydra_rlhf.task import Task
 
 
 class Player(NamedTuple):
@@ -274,6 +277,18 @@ class Roles(nn.Module):
             return self.value_head(states.to(self.value_head.weight.dtype)).squeeze(-1)
         head = self._trunk(name).get_output_embeddings()
         return token_logprobs(states, head, sequences.answers, self.temperature)
+
+
+def make_roles(name: str, config: Config, task: Task) -> Roles:
+    """The four models of the method ``name``, made of the task's, some of which they take over."""
+    return Roles(
+        METHODS[name],
+        task.lm,
+        task.head,
+        config,
+        reward_lm=task.reward_lm,
+        reward_function=task.reward_function,
+    )
 
 
 class Trained:

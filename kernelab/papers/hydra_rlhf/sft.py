@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -90,38 +91,58 @@ def _mean(x: Tensor, mask: Tensor) -> Tensor:
     return (x * mask).sum() / average(mask.sum()).clamp(min=1)
 
 
+class Supervision:
+    """A stage's models, optimizers and loss, and one step of it."""
+
+    def __init__(self, config: Config, stage: str, lm: PreTrainedModel, head: nn.Linear):
+        module = Supervised(stage, lm, head, config)
+        self.optimizers = sft_optimizers(config, module)
+        self.peaks = {name: optimizer.defaults["lr"] for name, optimizer in self.optimizers.items()}
+        self.descent = Descent(
+            config, self.optimizers.values(), {"norm": [p for p in module.parameters() if p.requires_grad]}
+        )
+        self.weights = {
+            "pair": 1.0,
+            "centre": config.center_rewards_coefficient,
+            "answer": config.sft_coef,
+            "prompt": config.prompt_coef,
+        }
+        self.module, self.model = module, replicated(module)
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint has to hold."""
+        return {"lm": self.module.lm, "head": self.module.head, "scaler": self.descent.scaler, **self.optimizers}
+
+    def decay(self, remaining: float) -> None:
+        """Sets the learning rates to this share of the config's."""
+        for name, optimizer in self.optimizers.items():
+            optimizer.param_groups[0]["lr"] = remaining * self.peaks[name]
+
+    def gradients(self, chosen: Sequences, rejected: Sequences) -> dict[str, float]:
+        """Computes the gradients of this process's share of a batch; returns the numbers of the step."""
+        losses = self.model(chosen, rejected)
+        loss = sum(weight * losses[name] for name, weight in self.weights.items() if name in losses)
+        self.descent.zero_grad()
+        self.descent.backward(loss)
+        norms = self.descent.norms()
+        return {name: average(value).item() for name, value in {"loss": loss, **losses}.items()} | norms
+
+
 def supervise(config: Config, run: Run, stage: str, lm: PreTrainedModel, head: nn.Linear, pairs: Rows) -> None:
     """Trains ``lm`` and ``head`` in place; ``stage``, one of STAGES, is the phase of the run."""
     steps = config.rm_steps if stage == "rm" else config.sft_steps
-    module = Supervised(stage, lm, head, config)
-    weights = {
-        "pair": 1.0,
-        "centre": config.center_rewards_coefficient,
-        "answer": config.sft_coef,
-        "prompt": config.prompt_coef,
-    }
-    optimizers = sft_optimizers(config, module)
-    peaks = {name: optimizer.defaults["lr"] for name, optimizer in optimizers.items()}
-    groups = {"norm": [p for p in module.parameters() if p.requires_grad]}
-    descent = Descent(config, optimizers.values(), groups)
-    state = {"lm": lm, "head": head, "scaler": descent.scaler, **optimizers}
-    start = run.restore(state, phase=stage)
-    model = replicated(module) if start < steps else module
+    supervision = Supervision(config, stage, lm, head)
+    start = run.restore(supervision.state, phase=stage)
     for step in run.steps(start, steps, STAGES[stage]):
-        for name, optimizer in optimizers.items():
-            optimizer.param_groups[0]["lr"] = peaks[name] * warm_cosine(step, steps)
+        supervision.decay(warm_cosine(step, steps))
         rows = shuffled(step, config.sft_batch_size, len(pairs), config.seed)[share(config.sft_batch_size)]
-        losses = model(*pairs.pairs(rows))
-        loss = sum(weights[name] * losses[name] for name in weights if name in losses)
-        descent.zero_grad()
-        descent.backward(loss)
-        norms = descent.norms()
-        metrics = {name: average(value).item() for name, value in {"loss": loss, **losses}.items()} | norms
+        metrics = supervision.gradients(*pairs.pairs(rows))
         run.log(step, metrics)
         check_finite(STAGES[stage], step, metrics)
-        descent.step()
+        supervision.descent.step()
         if run.should_checkpoint(step, every=max(1, steps // 5)):
-            run.save(step, state)
+            run.save(step, supervision.state)
 
 
 def sft_optimizers(config: Config, module: Supervised) -> dict[str, torch.optim.Optimizer]:

@@ -14,12 +14,12 @@ from kernelab._core.errors import bad_value
 from kernelab.experiment.device import process_count, process_index
 from kernelab.experiment.run import Run
 from kernelab.papers.hydra_rlhf.config import Config
-from kernelab.papers.hydra_rlhf.cost import Cost, live_memory, medians, seconds
+from kernelab.papers.hydra_rlhf.cost import compare
 from kernelab.papers.hydra_rlhf.evaluate import Evaluation, evaluate, ranking, token_f1s
 from kernelab.papers.hydra_rlhf.model import save_hydra
 from kernelab.papers.hydra_rlhf.optimise import PPO, check_finite
 from kernelab.papers.hydra_rlhf.report import Result, report
-from kernelab.papers.hydra_rlhf.roles import METHODS, Roles, chosen_methods
+from kernelab.papers.hydra_rlhf.roles import Roles, chosen_methods, make_roles
 from kernelab.papers.hydra_rlhf.sft import supervise
 from kernelab.papers.hydra_rlhf.task import Task, prepare
 from kernelab.papers.hydra_rlhf.tokens import shuffled
@@ -40,7 +40,7 @@ def train(config: Config, run: Run) -> dict[str, Any]:
     with torch.autocast(task.lm.device.type, dtype, enabled=dtype != torch.float32):
         for joint in kinds:
             starts[joint], ranked[joint] = begin(config, run, task.copied() if len(kinds) > 1 else task, joint=joint)
-        costs = compare_costs(config, run, starts[kinds[-1]])
+        costs = compare(config, run, starts[kinds[-1]])
         for name, method in methods.items():
             start = starts[method.joint]
             roles = make_roles(name, config, start.copied() if len(methods) > 1 else start)
@@ -86,55 +86,6 @@ def begin(config: Config, run: Run, task: Task, *, joint: bool) -> tuple[Task, T
             save_hydra(run.folder / folder, lm, head, task.encoder.tokenizer)
         lm.to(getattr(torch, config.dtype))
     return task, ranked
-
-
-def make_roles(name: str, config: Config, task: Task) -> Roles:
-    """The four models of the method ``name``, made of the task's, some of which they take over."""
-    return Roles(
-        METHODS[name],
-        task.lm,
-        task.head,
-        config,
-        reward_lm=task.reward_lm,
-        reward_function=task.reward_function,
-    )
-
-
-def compare_costs(config: Config, run: Run, task: Task) -> list[Cost]:
-    """Phase ``cost``: a step of each method in turn, on copies of the models. The first step counts memory."""
-    if not config.cost_steps:
-        return []
-    names = config.cost_methods
-    state: dict[str, Any] = {"costs": []}
-    start = run.restore(state, phase="cost")
-    with torch.random.fork_rng():
-        contenders = {} if start else {name: _contender(name, config, task) for name in names}
-    memory, times = {}, {name: [] for name in names}
-    for step in run.steps(start, 1 + config.cost_steps, "cost of PPO"):
-        prompts = task.questions[shuffled(step, config.batch_size, len(task.questions), config.seed)].prompts
-        with torch.random.fork_rng():
-            for name, ppo in contenders.items():
-                if step == 0:
-                    seconds(ppo, prompts)  # makes the optimizer's state
-                    memory[name] = live_memory(ppo, prompts)
-                else:
-                    times[name].append(seconds(ppo, prompts))
-        if step == config.cost_steps:
-            state["costs"] = [
-                {
-                    "method": METHODS[name].title,
-                    "states": memory[name][0],
-                    "peaks": memory[name][1],
-                    "seconds": medians(times[name], config.batch_size),
-                }
-                for name in names
-            ]
-            run.save(step, state)
-    return [Cost(**found) for found in state["costs"]]
-
-
-def _contender(name: str, config: Config, task: Task) -> PPO:
-    return PPO(make_roles(name, config, task.copied()), task.encoder, config)
 
 
 def reinforce(config: Config, run: Run, task: Task, name: str, roles: Roles) -> None:
