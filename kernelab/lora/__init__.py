@@ -4,6 +4,7 @@ from .config import LoRAConfig
 from .errors import AdapterFileError, BaseMismatchError, InjectionError, RoleError, UnknownRoleError
 from .files import load_adapter, save_adapter
 from .inject import adapter_parameters, adapters, inject, off, role, streams
+from .recompute import recompute_activations
 
 __all__ = [
     "AdapterFileError",
@@ -17,6 +18,7 @@ __all__ = [
     "inject",
     "load_adapter",
     "off",
+    "recompute_activations",
     "role",
     "save_adapter",
     "streams",

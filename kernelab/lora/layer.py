@@ -13,6 +13,7 @@ import types
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function
 
 from kernelab.ops import lora_add, lora_linear
 
@@ -21,6 +22,9 @@ from .errors import RoleError
 from .roles import Router, chunks
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+_in_function_mode = torch._C._is_torch_function_mode_enabled
 
 
 class LoRALayer(nn.Module):
@@ -34,6 +38,8 @@ class LoRALayer(nn.Module):
     lora_b: nn.ParameterDict
 
     def forward(self, x: Tensor) -> Tensor:
+        if _in_function_mode():  # a torch-function mode sees one call, not every attribute that is read here
+            return handle_torch_function(LoRALayer.forward, (), self, x)
         roles = chunks(self.lora_router)
         used = [name for name in dict.fromkeys(roles) if name in self.lora_configs]
         if not used:

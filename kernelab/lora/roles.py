@@ -80,6 +80,28 @@ def current() -> Roles:
     return NO_ROLES if getattr(node, "_forward_cls", None) is CheckpointFunction else _UNKNOWN
 
 
+class Saved(NamedTuple):
+    """A tensor that hooks keep for backward, with the check that torch leaves to them."""
+
+    tensor: Tensor
+    version: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Saved:
+        # The detached alias keeps the storage and the version counter, not the node that would close a cycle.
+        return cls(tensor if tensor.is_leaf else tensor.detach(), tensor._version)
+
+    def get(self) -> Tensor:
+        tensor, version = self
+        if tensor._version != version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                f"a {tensor.dtype} tensor of shape {list(tensor.shape)} is at version {tensor._version}; expected "
+                f"version {version} instead."
+            )
+        return tensor
+
+
 class _Hooks:
     """Saved-tensor hooks that keep the roles of each node, around another pair whose work they preserve."""
 
@@ -87,28 +109,16 @@ class _Hooks:
         self.roles, self.inner = roles, inner  # the roles that were open when ``inner`` was pushed
 
     def pack(self, tensor: Tensor):
-        if self.inner is not None:
-            return current(), self.inner[0](tensor)
-        # The detached alias keeps the storage and the version counter, not the node that would close a cycle.
-        kept = tensor if tensor.is_leaf else tensor.detach()
-        return current(), kept, kept._version
+        return current(), Saved.of(tensor) if self.inner is None else self.inner[0](tensor)
 
     def unpack(self, packed: tuple) -> Tensor:
-        node = _current_node()
-        if self.inner is not None:
-            roles, inner_packed = packed
-            _record(node, self.roles)  # for the recomputation that a checkpoint's unpack starts
-            tensor = self.inner[1](inner_packed)
+        node, (roles, saved) = _current_node(), packed
+        if self.inner is None:
             _record(node, roles)
-            return tensor
-        roles, tensor, version = packed
+            return saved.get()
+        _record(node, self.roles)  # for the recomputation that a checkpoint's unpack starts
+        tensor = self.inner[1](saved)
         _record(node, roles)
-        if tensor._version != version:
-            raise RuntimeError(
-                "one of the variables needed for gradient computation has been modified by an inplace operation: "
-                f"a {tensor.dtype} tensor of shape {list(tensor.shape)} is at version {tensor._version}; expected "
-                f"version {version} instead."
-            )
         return tensor
 
 
@@ -135,6 +145,17 @@ def _bind(roles: Roles, push: bool = True) -> bool:
     if push:
         _push(_PLAIN.pack, _PLAIN.unpack)
     return push
+
+
+def hooks_allowed() -> bool:
+    """Whether further hooks would hide nobody's, of this thread."""
+    pair = _top(False)
+    return (pair is None or pair[0] == _PLAIN.pack) and _transform() is None
+
+
+def keep_roles() -> None:
+    """Lets the hooks that were pushed last keep the roles of each node."""
+    _bind(current(), push=False)
 
 
 @contextlib.contextmanager
