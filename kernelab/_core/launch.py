@@ -10,6 +10,9 @@ from torch import Tensor
 
 from .spec import Launch
 
+# Architectures of ahead-of-time checks, by what ``capability`` says of them.
+TARGETS = {80: "sm_80", 90: "sm_90", 100: "sm_100", 0: "gfx942"}
+
 
 class Blocks(NamedTuple):
     """Sizes of one kernel's blocks: rows and columns of the output, length of a step of the sum."""

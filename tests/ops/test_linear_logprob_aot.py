@@ -18,5 +18,9 @@ def test_resources(check_golden):
         if name.startswith("sm_90") and name.endswith(("scores", "accumulate")) and "fp32" not in name:
             assert any("wgmma" in instruction for instruction in row.mma), name
             assert row.async_copies or "unaligned" in name, name
-    for part in ("sm_90 bf16 128256: score scores", "sm_90 bf16 128256: backward accumulate"):
+    for part in (
+        "sm_90 bf16 128256: score scores",
+        "sm_90 bf16 128256: backward accumulate",
+        "sm_100 fp32 32000: keep dz of entropy",
+    ):
         assert part in rows

@@ -12,9 +12,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# A power of two that keeps small shares out of the subnormal numbers of float16.
-SCALE = tl.constexpr(32768.0)
-LOG2_E = tl.constexpr(1.4426950408889634)
+from .triton_tuning import SCALE
+
+_SCALE = tl.constexpr(SCALE)
+_LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -80,16 +81,16 @@ def _linear_logprob_scores_kernel(
     tl.store(peak_ptr + part, peak, mask=row_mask)
     # In units of log 2, of which one can be held beside the shares without a spill. A tile that the bias switches off
     # has no mass.
-    z = (z - tl.where(peak == float("-inf"), 0.0, peak)[:, None]) * LOG2_E
+    z = (z - tl.where(peak == float("-inf"), 0.0, peak)[:, None]) * _LOG2_E
     share = tl.exp2(z)
     if mass_ptr is not None:
         tl.store(mass_ptr + part, tl.sum(share, axis=1), mask=row_mask)
     if moment_ptr is not None:
         moment = tl.sum(tl.where(share == 0.0, 0.0, share * z), axis=1)
-        tl.store(moment_ptr + part, moment / LOG2_E, mask=row_mask)
+        tl.store(moment_ptr + part, moment / _LOG2_E, mask=row_mask)
     if share_ptr is not None:
         share_ptrs = share_ptr + first + row[:, None] * stride_share + column[None, :]
-        tl.store(share_ptrs, (share * SCALE).to(share_ptr.dtype.element_ty), mask=row_mask[:, None])
+        tl.store(share_ptrs, (share * _SCALE).to(share_ptr.dtype.element_ty), mask=row_mask[:, None])
 
 
 @triton.jit(do_not_specialize=["rows", "stride_tile"])
@@ -135,26 +136,32 @@ def _linear_logprob_combine_kernel(
 
 @triton.jit(do_not_specialize=["rows", "stride_tile"])
 def _linear_logprob_dz_kernel(
-    share_ptr, dz_ptr, peak_ptr, lse_ptr, rest_ptr, target_ptr, target_logit_ptr,
-    entropy_ptr, grad_logprob_ptr, grad_entropy_ptr,
-    rows, stride_share, stride_tile, factor, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
+    dz_ptr, peak_ptr, lse_ptr, rest_ptr, target_ptr, target_logit_ptr, entropy_ptr, grad_logprob_ptr, grad_entropy_ptr,
+    rows, stride_dz, stride_tile, scale, factor, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """``dz = factor (grad_logprob ([v = target] - p) - grad_entropy p (log p + entropy))``; dz may be the shares."""
+    """``dz = factor (grad_logprob ([v = target] - p) - grad_entropy p (log p + entropy))``.
+
+    dz holds the shares, or p itself if there is no peak, divided by ``scale``.
+    """
     tile = tl.program_id(0)
     row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
     column = tile * BLOCK_V + tl.arange(0, BLOCK_V).to(tl.int64)
     row_mask = row < rows
     lse = tl.load(lse_ptr + row, mask=row_mask, other=0.0)
-    shift = tl.load(peak_ptr + tile.to(tl.int64) * stride_tile + row, mask=row_mask, other=0.0) - lse
-    target = tl.load(target_ptr + row, mask=row_mask, other=-1)
     # What the target has is taken from its logit: 1 - p of a row that is nearly sure cancels.
+    target = tl.load(target_ptr + row, mask=row_mask, other=-1)
     target_log_p = tl.load(target_logit_ptr + row, mask=row_mask, other=0.0) - lse
+    shift = tl.zeros([BLOCK_M], tl.float32)
+    if peak_ptr is not None:
+        shift = tl.load(peak_ptr + tile.to(tl.int64) * stride_tile + row, mask=row_mask, other=0.0) - lse
     if rest_ptr is not None:
         rest = tl.load(rest_ptr + row, mask=row_mask, other=0.0)
-        shift, target_log_p = shift - rest, target_log_p - rest
+        target_log_p -= rest
+        if peak_ptr is not None:
+            shift -= rest
     hit = column[None, :] == target[:, None]
-    offsets = row[:, None] * stride_share + column[None, :]
-    share = tl.load(share_ptr + offsets, mask=row_mask[:, None], other=0.0).to(tl.float32) / SCALE  # [BLOCK_M, BLOCK_V]
+    dz_ptrs = dz_ptr + row[:, None] * stride_dz + column[None, :]
+    share = tl.load(dz_ptrs, mask=row_mask[:, None], other=0.0).to(tl.float32) * scale  # [BLOCK_M, BLOCK_V]
     p = tl.where(hit, tl.exp(target_log_p)[:, None], share * tl.exp(shift)[:, None])
     dz = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     if grad_logprob_ptr is not None:
@@ -165,7 +172,7 @@ def _linear_logprob_dz_kernel(
         entropy = tl.load(entropy_ptr + row, mask=row_mask, other=0.0)
         log_p = tl.where(hit, target_log_p[:, None], tl.log(share) + shift[:, None])
         dz -= grad[:, None] * tl.where(p == 0.0, 0.0, p * (log_p + entropy[:, None]))
-    tl.store(dz_ptr + offsets, (dz * factor).to(dz_ptr.dtype.element_ty), mask=row_mask[:, None])
+    tl.store(dz_ptrs, (dz * factor).to(dz_ptr.dtype.element_ty), mask=row_mask[:, None])
 
 
 @triton.jit(do_not_specialize=["rows"])

@@ -18,7 +18,7 @@ from kernelab._core.spec import Launch
 
 from . import triton_kernels as kernels
 from .arguments import check_range
-from .triton_tuning import Configuration, configuration, logits_at_a_time, padded, rows_at_a_time
+from .triton_tuning import SCALE, Configuration, configuration, logits_at_a_time, padded, rows_at_a_time
 
 GROUP_M = 8
 
@@ -53,24 +53,22 @@ def _forward(hidden, weight, bias, target, temperature, entropy, keep, results, 
     logprob, h, lse, dlogprob, dentropy = results
     (rows, features), classes = hidden.shape, weight.shape[0]
     config = configuration(classes, features, hidden.dtype, capability)
-    copies = keep * (1 + entropy)
-    piece = rows_at_a_time(rows, classes, hidden.element_size(), copies, config)
+    piece = rows_at_a_time(rows, classes, hidden.element_size() * keep, config)
     tiles = _wide(hidden, 2 + entropy, cdiv(classes, config.scores.columns), piece)
     target_logit, rest = _wide(hidden, piece), _wide(hidden, piece) if keep else None
-    memory, ones = hidden.new_empty(copies, piece, padded(classes, config)), torch.ones_like(lse[: piece * keep])
+    memory, ones = hidden.new_empty(piece * keep, padded(classes, config)), torch.ones_like(lse[: piece * keep])
     for part in _parts(rows, piece):
-        count = part.stop - part.start
-        shares, dz = (memory[0, :count], memory[-1, :count]) if keep else (None, None)
-        logits = Logits(target[part], target_logit, *tiles[:2], tiles[2] if entropy else None, shares, config)
+        dz = memory[: part.stop - part.start] if keep else None
+        logits = Logits(target[part], target_logit, *tiles[:2], tiles[2] if entropy else None, dz, config)
         of_rows = lse[part], rest, h[part] if entropy else None
         yield logits.scores(hidden[part], weight, bias, temperature)
         yield logits.combine(classes, logprob[part], *of_rows)
         if keep:
-            yield logits.dz(dz, *of_rows, ones, None, temperature)
+            yield logits.dz(*of_rows, ones, None, temperature)
             torch.mm(dz[:, :classes], weight, out=dlogprob[part])
         if keep and entropy:
-            yield logits.dz(shares, *of_rows, None, ones, temperature)
-            torch.mm(shares[:, :classes], weight, out=dentropy[part])
+            yield logits.dz(*of_rows, None, ones, temperature, after_logprob=True)
+            torch.mm(dz[:, :classes], weight, out=dentropy[part])
 
 
 def plan_backward(
@@ -93,7 +91,7 @@ def _backward(hidden, weight, bias, target, of_rows, temperature, need, results,
     if need_weight:
         piece, width = logits_at_a_time(rows, classes, features, itemsize, need_hidden, config)
     else:
-        piece, width = rows_at_a_time(rows, classes, itemsize, 1, config), classes
+        piece, width = rows_at_a_time(rows, classes, itemsize, config), classes
     in_parts = need_hidden and width < classes
     peaks, target_logit = _wide(hidden, cdiv(width, config.scores.columns), piece), _wide(hidden, piece)
     memory, total = hidden.new_empty(piece * padded(width, config)), _wide(hidden, piece * in_parts, features)
@@ -104,11 +102,11 @@ def _backward(hidden, weight, bias, target, of_rows, temperature, need, results,
         total.zero_()
         for span in _parts(classes, width):
             w, b, columns = weight[span], None if bias is None else bias[span], padded(span.stop - span.start, config)
-            shares = memory[: count * columns].view(count, columns)
-            logits = Logits(target[part] - span.start, target_logit, peaks, None, None, shares, config)
+            dz = memory[: count * columns].view(count, columns)
+            logits = Logits(target[part] - span.start, target_logit, peaks, None, None, dz, config)
             yield logits.scores(x, w, b, temperature)
-            yield logits.dz(shares, lse, None, *others, temperature)
-            dz = shares[:, : len(w)]
+            yield logits.dz(lse, None, *others, temperature)
+            dz = dz[:, : len(w)]
             if in_parts:
                 yield _accumulate(dz, w, total, config)
             elif need_hidden:
@@ -141,7 +139,7 @@ class Logits:
     peaks: Tensor  # [tiles, at least rows], as masses and moments, which are kept if not None
     masses: Tensor | None
     moments: Tensor | None
-    shares: Tensor | None  # [rows, padded classes], kept if not None
+    shares: Tensor | None  # [rows, padded classes], kept if not None; dz later
     config: Configuration
 
     def scores(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Launch:
@@ -165,15 +163,19 @@ class Logits:
         grid = (cdiv(len(self.target), blocks.rows),)
         return Launch("combine", kernels._linear_logprob_combine_kernel, grid, args, blocks.options)
 
-    def dz(self, out: Tensor, lse: Tensor, rest, entropy, grad_logprob, grad_entropy, temperature: float) -> Launch:
-        """Computes ``dz / temperature``, perhaps in the place of the shares; a cotangent may be None."""
+    def dz(
+        self, lse: Tensor, rest, entropy, grad_logprob, grad_entropy, temperature: float, after_logprob: bool = False
+    ) -> Launch:
+        """Makes ``dz / temperature`` of the shares, or of the dz that 1 as grad_logprob has made of them."""
         blocks, (rows, columns) = self.config.dz, self.shares.shape
-        args = {"share_ptr": self.shares, "dz_ptr": out, "stride_share": self.shares.stride(0), **self._args()}
-        args |= {"lse_ptr": lse, "rest_ptr": rest, "entropy_ptr": entropy, "factor": 1 / temperature}
+        args = {**self._args(), "dz_ptr": self.shares, "stride_dz": self.shares.stride(0), "factor": 1 / temperature}
+        args |= {"peak_ptr": None, "scale": -temperature} if after_logprob else {"scale": 1 / SCALE}
+        args |= {"lse_ptr": lse, "rest_ptr": rest, "entropy_ptr": entropy}
         args |= {"grad_logprob_ptr": grad_logprob, "grad_entropy_ptr": grad_entropy}
         args |= {"BLOCK_M": blocks.rows, "BLOCK_V": blocks.columns}
         grid = (cdiv(columns, blocks.columns), cdiv(rows, blocks.rows))
-        return Launch("dz", kernels._linear_logprob_dz_kernel, grid, args, blocks.options)
+        name = "dz of entropy" if after_logprob else "dz"
+        return Launch(name, kernels._linear_logprob_dz_kernel, grid, args, blocks.options)
 
     def _args(self) -> dict:
         args = {"target_ptr": self.target.contiguous(), "target_logit_ptr": self.target_logit, "peak_ptr": self.peaks}

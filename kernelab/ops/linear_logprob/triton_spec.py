@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from kernelab._core.launch import TARGETS
 from kernelab._core.spec import Launch
 
 from .triton_tuning import configuration, padded
@@ -22,7 +23,6 @@ class _Head(NamedTuple):
     capabilities: tuple[int, ...] = (80, 90, 100, 0)
 
 
-TARGETS = {80: "sm_80", 90: "sm_90", 100: "sm_100", 0: "gfx942"}
 HEADS = (
     _Head("bf16 128256", torch.bfloat16, 128256, 4096),
     _Head("fp32 32000", torch.float32, 32000, 2048, capabilities=(80, 90, 100)),
@@ -40,7 +40,7 @@ def launches() -> Iterator[Launch]:
 
 
 def _plan(head: _Head, capability: int) -> Iterator[Launch]:
-    """Scoring with entropy, the forward of a frozen head without it, and the backward of one that trains."""
+    """Scoring, the forward of a frozen head with entropy, and the backward of a head that trains."""
     from .triton_launch import plan_backward, plan_forward
 
     def empty(*shape: int, dtype: torch.dtype = head.dtype) -> torch.Tensor:
@@ -51,8 +51,8 @@ def _plan(head: _Head, capability: int) -> Iterator[Launch]:
     model = hidden, weight, empty(head.classes) if head.bias else None, empty(rows, dtype=torch.int64)
     per_row = [empty(rows, dtype=torch.float32) for _ in range(4)]
     plans = {
-        "score": plan_forward(*model, 1.0, True, False, capability),
-        "keep": plan_forward(*model, 1.0, False, True, capability),
+        "score": plan_forward(*model, 1.0, False, False, capability),
+        "keep": plan_forward(*model, 1.0, True, True, capability),
         "backward": plan_backward(*model, *per_row, 1.0, [True, True, True], capability),
     }
     for plan, (steps, _) in plans.items():
@@ -80,11 +80,11 @@ def triton_bytes(arguments: dict, entropy: bool) -> tuple[int, int]:
         operands = size * (m * d * tiles + v * row_blocks * (d + (bias is not None)))
         return operands + 8 * m * tiles + 4 * m + 4 * reductions * m * tiles + size * m * padded(v, config) * shares
 
-    def dz(extra: int) -> int:  # numbers a row beside peak, lse, target and its logit
-        return 2 * size * m * padded(v, config) + m * tiles * (4 + 4 + 8 + 4 + 4 * extra)
+    def dz(extra: int) -> int:  # numbers of a row beside lse, target and its logit
+        return 2 * size * m * padded(v, config) + m * tiles * (4 + 8 + 4 + 4 * extra)
 
     combine = 4 * m * tiles * (3 + entropy) + m * (8 + 4 + 8 + 4 * entropy + 4 * keep)
-    forward = scores(2 + entropy, keep) + combine + (dz(2) if keep else 0) + (dz(3) if keep and entropy else 0)
+    forward = scores(2 + entropy, keep) + combine + (dz(3) if keep else 0) + (dz(3) if keep and entropy else 0)
     if keep or not (hidden.requires_grad or train_head):
         return forward, 0
-    return forward, scores(1, True) + dz(3 if entropy else 1)
+    return forward, scores(1, True) + dz(4 if entropy else 2)

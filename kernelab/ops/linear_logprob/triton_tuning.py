@@ -16,6 +16,7 @@ from kernelab._core.launch import Blocks, power_of_two
 # Bytes that a call allocates beside its results: the reductions of tiles, and the logits of some rows and columns.
 TILE_BYTES, LOGIT_BYTES = 16_000_000, 232_000_000
 LEAST_COLUMNS = 1024  # that backward works on at a time
+SCALE = 32768.0  # of the shares, which are at most 1: small ones would be subnormal in float16
 
 
 class Configuration(NamedTuple):
@@ -54,11 +55,11 @@ def padded(classes: int, config: Configuration) -> int:
     return -(-classes // config.scores.columns) * config.scores.columns
 
 
-def rows_at_a_time(rows: int, classes: int, itemsize: int, copies: int, config: Configuration) -> int:
-    """Rows whose logits are worked on at a time, all classes of them, where ``copies`` of the logits are in memory."""
+def rows_at_a_time(rows: int, classes: int, itemsize: int, config: Configuration) -> int:
+    """Rows whose logits are worked on at a time, all classes of them; ``itemsize`` is 0 if they are not in memory."""
     limit = TILE_BYTES // (12 * -(-classes // config.scores.columns))
-    if copies:
-        limit = min(limit, LOGIT_BYTES // (copies * padded(classes, config) * itemsize))
+    if itemsize:
+        limit = min(limit, LOGIT_BYTES // (padded(classes, config) * itemsize))
     return _piece(rows, limit, config.scores.rows)
 
 

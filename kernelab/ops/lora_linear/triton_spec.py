@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from kernelab._core.launch import TARGETS
 from kernelab._core.spec import Launch
 
 from .triton_tuning import Configuration, configuration
@@ -28,7 +29,6 @@ class _Step(NamedTuple):
     capabilities: tuple[int, ...] = (80, 90, 100, 0)
 
 
-TARGETS = {80: "sm_80", 90: "sm_90", 100: "sm_100", 0: "gfx942"}
 STEPS = (
     _Step("bf16 r16", torch.bfloat16, 4096, 4096, (16, 16)),
     _Step("bf16 r128 dropout", torch.bfloat16, 11008, 4096, (128,), dropout_p=0.05),
