@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "linear_logprob/linear_logprob.h"
 #include "lora_linear/lora_linear.h"
 
 namespace {
@@ -30,8 +31,10 @@ void define(pybind11::module_& module, const char* name, void (*function)(Args..
 
 }  // namespace
 
-#define KL_DEFINE(dtype)                                           \
-  define(module, "lora_forward_" #dtype, kl_lora_forward_##dtype); \
+#define KL_DEFINE(dtype)                                                                 \
+  define(module, "linear_logprob_forward_" #dtype, kl_linear_logprob_forward_##dtype);   \
+  define(module, "linear_logprob_gradient_" #dtype, kl_linear_logprob_gradient_##dtype); \
+  define(module, "lora_forward_" #dtype, kl_lora_forward_##dtype);                       \
   define(module, "lora_backward_" #dtype, kl_lora_backward_##dtype);
 
 PYBIND11_MODULE(_C_cpu, module) {

@@ -1,14 +1,10 @@
 #include "lora_linear/lora_linear.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <cstring>
 #include <type_traits>
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
 #include "core/half.h"
+#include "core/instruction_set.h"
 #include "core/philox.h"
 #include "lora_linear/segment.h"
 
@@ -25,9 +21,7 @@ namespace baseline {
 #undef KL_VECTOR_BYTES
 }  // namespace baseline
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define KL_X86 1
-
+#ifdef KL_X86
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v3")
 namespace avx2 {
@@ -62,32 +56,16 @@ namespace avx512bf16 {
 
 namespace {
 
-enum class Set { baseline, avx2, avx512, avx512bf16 };
-
-// The best set of this processor, or the one that KERNELAB_CPU_SET names where that is less.
-Set instruction_set() {
-  Set set = Set::baseline;
-#ifdef KL_X86
-  if (__builtin_cpu_supports("x86-64-v3")) set = Set::avx2;
-  if (__builtin_cpu_supports("x86-64-v4")) set = __builtin_cpu_supports("avx512bf16") ? Set::avx512bf16 : Set::avx512;
-#endif
-  const char* names[] = {"baseline", "avx2", "avx512", "avx512bf16"};
-  const char* wish = std::getenv("KERNELAB_CPU_SET");
-  for (int i = 0; wish != nullptr && i < static_cast<int>(set); ++i)
-    if (std::strcmp(wish, names[i]) == 0) return static_cast<Set>(i);
-  return set;
-}
-
 template <typename T>
 const kl::Kernels& kernels() {
   static const kl::Kernels chosen = [] {
-    switch (instruction_set()) {
+    switch (kl::instruction_set()) {
 #ifdef KL_X86
-      case Set::avx512bf16:
+      case kl::Set::avx512bf16:
         return avx512bf16::kernels_of<T>();
-      case Set::avx512:
+      case kl::Set::avx512:
         return avx512::kernels_of<T>();
-      case Set::avx2:
+      case kl::Set::avx2:
         return avx2::kernels_of<T>();
 #endif
       default:

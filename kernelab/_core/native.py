@@ -50,3 +50,8 @@ def call(name: str, *arguments) -> None:
     if any(isinstance(argument, FakeTensor) for argument in arguments):
         return  # the extension only writes into what it is given, and that has no memory
     getattr(module, name)(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments))
+
+
+def row_major(t: Tensor) -> Tensor:
+    """``t`` with a last stride of 1, which ``contiguous`` does not promise of a single column."""
+    return t if t.stride(-1) == 1 else t.clone(memory_format=torch.contiguous_format)

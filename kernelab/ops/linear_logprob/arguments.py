@@ -18,6 +18,8 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 def check(hidden: object, weight: object, target: object, bias: object, temperature: object, entropy: object) -> None:
     """All but the values of ``target`` and what autocast may still change, the dtypes."""
     check_input(WHERE, "hidden", hidden)
+    if hidden.shape[-1] == 0:
+        raise bad_value(WHERE, "hidden", "at least one feature", hidden)
     check_matrix(WHERE, "weight", weight, (None, hidden.shape[-1]), like=hidden)
     if weight.shape[0] == 0:
         raise bad_value(WHERE, "weight", "at least one row", weight)

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernelab._core import onednn
+from kernelab._core import native, onednn
 
 from .arguments import check_range
 
 SIDE = 1024  # of a tile of logits, where the features leave room
 ELEMENTS = 2**22  # of a block of rows or of classes
-DHIDDEN_ELEMENTS = 2**25  # of the gradient that backward adds up before it is rounded
+PART_ELEMENTS = 2**24  # of the rows whose gradient backward adds up before it is rounded
+WORK_BYTES = 2**27  # of the extension, where that leaves a thread 16 rows
 NEVER = -1e5  # exp is 0 from here on, in float64 too
 
 
@@ -39,15 +40,46 @@ def forward(hidden, weight, bias, target, temperature, entropy, keep):
     h = hidden.new_empty(rows if entropy else 0, dtype=wide)
     dlogprob = hidden.new_empty(rows if keep else 0, features)
     dentropy = hidden.new_empty(rows if keep and entropy else 0, features)
-    for block in _blocks(0, rows, _side(features)):
-        x, t = hidden[block].to(wide), target[block]
+    results = logprob, h, lse, dlogprob, dentropy
+    fill = _fill_native if _native_can(weight) else _fill_torch
+    if rows > 0:
+        fill(results, hidden, weight, bias, target, temperature, entropy, keep)
+    return results
+
+
+def _fill_native(results, hidden, weight, bias, target, temperature, entropy, keep):
+    logprob, h, lse, dlogprob, dentropy = results
+    rest = h if entropy else 0, dlogprob if keep else 0, dentropy if keep and entropy else 0
+    _call("forward", hidden, weight, bias, target, temperature, logprob, lse, *rest)
+
+
+def _call(phase, hidden, weight, bias, target, temperature, *rest):
+    (rows, features), wide = hidden.shape, torch.promote_types(hidden.dtype, torch.float32)
+    threads = max(1, min(torch.get_num_threads(), rows // 16))
+    per_row = 3 * features + 512  # numbers of work memory
+    largest_block = max(16, min(192, WORK_BYTES // (threads * per_row * wide.itemsize)))
+    blocks = threads * -(-rows // (threads * largest_block))
+    block = -(-rows // (16 * blocks)) * 16
+    hidden, target = native.row_major(hidden), native.row_major(target)
+    native.call(
+        f"linear_logprob_{phase}_{str(hidden.dtype).removeprefix('torch.')}",
+        *(hidden, hidden.stride(0), weight, weight.stride(0), 0 if bias is None else native.row_major(bias)),
+        *(target, rows, features, weight.shape[0], temperature, block),
+        *(torch.empty(threads * (block * per_row + 2**15), dtype=wide), threads, *rest),
+    )
+
+
+def _fill_torch(results, hidden, weight, bias, target, temperature, entropy, keep):
+    logprob, h, lse, dlogprob, dentropy = results
+    for block in _blocks(0, hidden.shape[0], _side(hidden.shape[1])):
+        x, t = hidden[block].to(lse.dtype), target[block]
         sums = _sums(x, weight, bias, t, temperature, entropy, keep)
         share = (sums.picked - sums.peak).exp_()  # the target's term of the sums
         total = sums.mass + share
         log_total = torch.where(sums.picked == sums.peak, sums.mass.log1p(), total.log())
         logprob[block] = sums.picked - sums.peak - log_total
         lse[block] = sums.peak + log_total
-        w = weight[t].to(wide) if keep else None  # [rows, d]
+        w = weight[t].to(x.dtype) if keep else None  # [rows, d]
         if keep:
             dlogprob[block] = (_rows(sums.mass) * w - sums.weights) / _rows(total * temperature)
         if entropy:
@@ -57,7 +89,6 @@ def forward(hidden, weight, bias, target, temperature, entropy, keep):
         if keep and entropy:
             first, second = sums.weights + _rows(share) * w, sums.moments + _rows(share_moment) * w
             dentropy[block] = (_rows(mean) * first - second) / _rows(total * temperature)
-    return logprob, h, lse, dlogprob, dentropy
 
 
 def _sums(x, weight, bias, target, temperature, entropy, keep) -> _Sums:
@@ -69,8 +100,9 @@ def _sums(x, weight, bias, target, temperature, entropy, keep) -> _Sums:
         z, w = _tile(x, weight, bias, tile, temperature)
         top = torch.maximum(peak, z.amax(1))
         inside, column = _targets(target, tile)
-        picked[inside] = z[inside, column]
-        z[inside, column] = -torch.inf
+        own = z.gather(1, column)
+        picked = torch.where(inside, own[:, 0], picked)
+        z.scatter_(1, column, torch.where(_rows(inside), -torch.inf, own))
         z.sub_(_rows(top))
         step = peak - top
         factor = step.exp()
@@ -96,40 +128,48 @@ def backward(hidden, weight, bias, target, lse, entropy, grad_logprob, grad_entr
     dhidden = hidden.new_empty(rows if need_hidden else 0, features)
     dweight = weight.new_zeros(classes if need_weight else 0, features)
     dbias = lse.new_zeros(classes if need_bias else 0)
-    for part in _blocks(0, rows, max(1, DHIDDEN_ELEMENTS // max(features, 1))):
-        dx = lse.new_zeros(part.stop - part.start, features) if need_hidden else None
-        for tile in _blocks(0, classes, _side(features)):
-            dw = lse.new_zeros(tile.stop - tile.start, features) if need_weight else None
-            for block in _blocks(part.start, part.stop, _side(features)):
-                x = hidden[block].to(lse.dtype)
-                log_p, w = _tile(x, weight, bias, tile, temperature)
-                log_p.sub_(_rows(lse[block]))
-                dz = _dz(log_p, _targets(target[block], tile), block, entropy, grad_logprob, grad_entropy)
-                dz.div_(temperature)
-                if need_hidden:
-                    here = slice(block.start - part.start, block.stop - part.start)
-                    dx[here] = _add_product(dx[here], dz, w)
-                if need_weight:
-                    dw = _add_product(dw, dz.mT, x)
-                if need_bias:
-                    dbias[tile] += dz.sum(0)
+    gradient = _gradient_native if _native_can(weight) else _gradient_torch
+    for part in _blocks(0, rows, max(64, min(4096, PART_ELEMENTS // max(features, 1)))):
+        per_row = target[part], lse[part], entropy[part], grad_logprob[part], grad_entropy[part]
+        dx = lse.new_zeros(part.stop - part.start, features)
+        for tile in _blocks(0, classes, SIDE):
+            dz = gradient(hidden[part], weight, bias, *per_row, temperature, tile)  # [rows, classes]
+            if need_hidden:
+                dx = _add_product(dx, dz, weight[tile].to(dz.dtype))
             if need_weight:
-                dweight[tile] += dw
+                dweight[tile] = _add_product(dweight[tile].to(lse.dtype), dz.mT, hidden[part].to(dz.dtype))
+            if need_bias:
+                dbias[tile] += dz.sum(0, dtype=dbias.dtype)
         if need_hidden:
             dhidden[part] = dx
     return dhidden, dweight, dbias.to(hidden.dtype)
 
 
-def _dz(log_p, targets, block, entropy, grad_logprob, grad_entropy) -> Tensor:
-    """``g ([v = t] - p_v) - g_H p_v (log p_v + H)`` of a tile [rows, classes]."""
+def _gradient_native(
+    hidden, weight, bias, target, lse, entropy, grad_logprob, grad_entropy, temperature, tile
+) -> Tensor:
+    rows, classes = hidden.shape[0], tile.stop - tile.start
+    dz = torch.empty(classes, rows, dtype=torch.float32 if hidden.dtype == torch.float16 else hidden.dtype)
+    by_entropy = (entropy, native.row_major(grad_entropy)) if grad_entropy.numel() > 0 else (0, 0)
+    rest = lse, by_entropy[0], native.row_major(grad_logprob), by_entropy[1], tile.start, tile.stop, dz, rows
+    _call("gradient", hidden, weight, bias, target, temperature, *rest)
+    return dz.mT
+
+
+def _gradient_torch(
+    hidden, weight, bias, target, lse, entropy, grad_logprob, grad_entropy, temperature, tile
+) -> Tensor:
+    """``g ([v = t] - p_v) - g_H p_v (log p_v + H)``, over the temperature."""
+    log_p, _ = _tile(hidden.to(lse.dtype), weight, bias, tile, temperature)
+    log_p.sub_(_rows(lse))
     p = log_p.exp()
-    slope = -_rows(grad_logprob[block])
+    slope = -_rows(grad_logprob)
     if grad_entropy.numel() > 0:
-        slope = slope - _rows(grad_entropy[block]) * log_p.clamp_(min=NEVER).add_(_rows(entropy[block]))
+        slope = slope - _rows(grad_entropy) * log_p.clamp_(min=NEVER).add_(_rows(entropy))
     dz = p.mul_(slope)
-    inside, column = targets
-    dz[inside, column] += grad_logprob[block][inside]
-    return dz
+    inside, column = _targets(target, tile)
+    own = dz.gather(1, column) + _rows(torch.where(inside, grad_logprob, 0))
+    return dz.scatter_(1, column, own).div_(temperature)
 
 
 def _tile(x, weight, bias, tile: slice, temperature: float) -> tuple[Tensor, Tensor]:
@@ -141,13 +181,19 @@ def _tile(x, weight, bias, tile: slice, temperature: float) -> tuple[Tensor, Ten
 
 
 def _targets(target: Tensor, tile: slice) -> tuple[Tensor, Tensor]:
-    """The rows whose target is in the tile, and its column there."""
-    inside = ((target >= tile.start) & (target < tile.stop)).nonzero()[:, 0]
-    return inside, target[inside] - tile.start
+    """Whether a row's target is in the tile [rows], and its column there [rows, 1] (any where it is not)."""
+    inside = (target >= tile.start) & (target < tile.stop)
+    return inside, _rows(target.clamp(tile.start, tile.stop - 1) - tile.start)
+
+
+def _native_can(weight: Tensor) -> bool:
+    return native.reason_missing() is None and weight.stride(1) == 1
 
 
 def _add_product(total: Tensor, x: Tensor, w: Tensor) -> Tensor:
     """``total + x w``, in ``total`` or in a new tensor."""
+    if x.dtype != total.dtype:
+        return total.add_(x @ w)
     return onednn.linear_add(x, w.mT, total) if onednn.wins(x, w) else total.addmm_(x, w)
 
 

@@ -37,7 +37,7 @@ def logprob_and_entropy(z: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 def p_log_p(log_p: Tensor) -> Tensor:
     """``p log p``, which is 0 where p is."""
-    possible = log_p > -math.inf
+    possible = log_p != -math.inf
     return torch.where(possible, log_p.exp() * torch.where(possible, log_p, 0), 0)
 
 

@@ -135,6 +135,7 @@ _MISUSES = (
     Misuse(_with(hidden=[1.0]), TypeError, "'hidden'"),
     Misuse(_with(hidden=torch.ones(6, 5, dtype=torch.int64)), TypeError, "'hidden'"),
     Misuse(_with(hidden=torch.tensor(1.0)), ValueError, "'hidden'.*one dimension"),
+    Misuse(lambda a: {**a, "hidden": a["hidden"][:, :0]}, ValueError, "'hidden'.*one feature"),
     Misuse(lambda a: {**a, "weight": a["weight"][:, :3]}, ValueError, r"'weight'.*\[\*, 5\]"),
     Misuse(lambda a: {**a, "weight": a["weight"][:0]}, ValueError, "'weight'.*one row"),
     Misuse(lambda a: {**a, "weight": a["weight"].half()}, ValueError, "'weight'.*float32, as hidden"),

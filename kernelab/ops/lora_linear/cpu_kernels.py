@@ -98,12 +98,23 @@ def _add_gradients_torch(dx, da, db, dy, x, s, a, b, scale, first_row, dropout_p
 
 
 def _add_native(y, base, x, s, a, b, scale, first_row, dropout_p, seed):
-    _call("forward", (_row_major(x), _row_major(base), y, s), (), x.shape[0], a, b, scale, first_row, dropout_p, seed)
+    _call(
+        "forward",
+        (native.row_major(x), native.row_major(base), y, s),
+        (),
+        x.shape[0],
+        a,
+        b,
+        scale,
+        first_row,
+        dropout_p,
+        seed,
+    )
 
 
 def _add_gradients_native(dx, da, db, dy, x, s, a, b, scale, first_row, dropout_p, seed):
-    x = None if x is None else _row_major(x)
-    _call("backward", (_row_major(dy), x, s, dx), (da, db), dy.shape[0], a, b, scale, first_row, dropout_p, seed)
+    x = None if x is None else native.row_major(x)
+    _call("backward", (native.row_major(dy), x, s, dx), (da, db), dy.shape[0], a, b, scale, first_row, dropout_p, seed)
 
 
 def _call(phase, matrices, sums, rows, a, b, scale, first_row, dropout_p, seed):
@@ -115,16 +126,11 @@ def _call(phase, matrices, sums, rows, a, b, scale, first_row, dropout_p, seed):
         f"lora_{phase}_{str(a.dtype).removeprefix('torch.')}",
         *(value for t in matrices for value in ((0, 0) if t is None else (t, t.stride(0)))),
         *(0 if t is None else t for t in sums),
-        _row_major(a.contiguous()),
-        _row_major(b.contiguous()),
+        native.row_major(a.contiguous()),
+        native.row_major(b.contiguous()),
         *(rows, in_features, out_features, rank, scale, first_row),
         *(seed & (2**64 - 1), dropout_threshold(dropout_p), 1 - dropout_p, work, threads),
     )
-
-
-def _row_major(t: Tensor) -> Tensor:
-    """``t`` with a last stride of 1, which ``contiguous`` does not promise of a single column."""
-    return t if t.stride(1) == 1 else t.clone(memory_format=torch.contiguous_format)
 
 
 def _padded(size: int) -> int:
