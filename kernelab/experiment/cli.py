@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import functools
+import inspect
 import logging
 import shlex
 import sys
@@ -18,7 +20,7 @@ from rich.text import Text
 from kernelab import __version__
 from kernelab._core.errors import KernelabError
 from kernelab.experiment.device import process_index
-from kernelab.experiment.launch import UsageError, launch
+from kernelab.experiment.launch import UsageError, launch, preset_config
 from kernelab.experiment.paper import Paper, find_papers, load
 
 USAGE = """\
@@ -95,7 +97,11 @@ def _find(named: list[str], command: str, papers: Mapping[str, Paper]) -> Paper:
 def _plan(paper: Paper, arguments: list[str], console: Console) -> None:
     if paper.plan is None:
         raise UsageError(f"{paper.name} has no plan; `kernelab run {paper.name} --help` shows what it can do.")
-    plan = tyro.cli(load(paper.plan), args=arguments, prog=f"kernelab plan {paper.name}")
+    function = load(paper.plan)
+    if "config" in inspect.signature(function).parameters:
+        config, arguments = preset_config(paper, arguments)
+        function = functools.partial(function, config=config)
+    plan = tyro.cli(function, args=arguments, prog=f"kernelab plan {paper.name}")
     if plan is not None:
         console.print(plan)
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import logging
 import shlex
+import traceback
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,6 +21,8 @@ from kernelab.experiment.device import from_main, leave_processes, process_count
 from kernelab.experiment.files import to_json
 from kernelab.experiment.folder import RESULTS, held, new_folder, newest_folder, read_config
 from kernelab.experiment.paper import Paper, load
+
+logger = logging.getLogger("kernelab")
 
 
 class UsageError(KernelabError):
@@ -54,6 +58,21 @@ def launch(paper: Paper, arguments: list[str], console: Console) -> None:
     leave_processes()
 
 
+def preset_config(paper: Paper, arguments: list[str]) -> tuple[Any, list[str]]:
+    """The config of the preset that ``--preset`` names, or of the first one, and the other arguments."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset", nargs="?", const="")
+    chosen, others = parser.parse_known_args(arguments)
+    presets = _presets(paper)
+    if chosen.preset not in (None, *presets):
+        raise UsageError(f"--preset: expected one of {', '.join(presets)}, got {chosen.preset!r}.")
+    return presets[chosen.preset or next(iter(presets))], others
+
+
+def _presets(paper: Paper) -> dict[str, Any]:
+    return load(paper.config.partition(":")[0] + ":PRESETS")
+
+
 def _early(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The flags that decide what the other flags start from, and the other flags."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -67,7 +86,7 @@ def _early(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
 def _parse(paper: Paper, preset: str | None, arguments: list[str]) -> tuple[str, Any]:
     """The preset's name and the config: the preset's values, and over them what the flags say."""
     config_type = load(paper.config)
-    presets: dict[str, Any] = load(paper.config.partition(":")[0] + ":PRESETS")
+    presets = _presets(paper)
     names = {field.name for field in dataclasses.fields(config_type)}
     if "seed" not in names or names & _RESERVED:
         raise KernelabError(
@@ -132,4 +151,27 @@ def _train(paper: Paper, config: Any, folder: Path, console: Console) -> None:
         except KeyboardInterrupt:
             command = ["kernelab", "run", paper.name, "--out", str(folder), "--resume"]
             raise KeyboardInterrupt(shlex.join(command)) from None
+        except Exception as error:
+            if not _is_out_of_memory(error):
+                raise
+            _advise(paper, config, error, console)
+            raise KernelabError(f"out of memory: {error}\nThe checkpoints so far are in {folder}.") from error
         results.show(console, run.finish(summary), folder)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    import torch
+
+    on_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return on_cpu or isinstance(error, (MemoryError, torch.OutOfMemoryError))
+
+
+def _advise(paper: Paper, config: Any, error: Exception, console: Console) -> None:
+    """Prints what the paper has to say; the other processes of a run would not take part in it."""
+    if paper.out_of_memory is None or process_count() > 1:
+        return
+    traceback.clear_frames(error.__traceback__)  # which hold the run's tensors
+    try:
+        console.print(load(paper.out_of_memory)(config))
+    except Exception as second:
+        logger.warning("no plan: %s: %s", type(second).__name__, second)

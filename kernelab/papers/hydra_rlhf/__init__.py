@@ -9,4 +9,6 @@ PAPER = Paper(
     summary="PPO from preferences with actor, critic, reference and reward on one trunk",
     config="kernelab.papers.hydra_rlhf.config:Config",
     train="kernelab.papers.hydra_rlhf.train:train",
+    plan="kernelab.papers.hydra_rlhf.plan:plan",
+    out_of_memory="kernelab.papers.hydra_rlhf.plan:out_of_memory",
 )
