@@ -23,7 +23,6 @@ from .roles import Router, chunks
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-
 _in_function_mode = torch._C._is_torch_function_mode_enabled
 
 

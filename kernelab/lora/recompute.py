@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .roles import Saved, hooks_allowed, keep_roles
+from .roles import Saved, hooks_allowed
 
 # One pass over memory each, and the same result every time.
 _CHEAP = {F.gelu, F.layer_norm, F.rms_norm, F.silu, Tensor.float, Tensor.mul, Tensor.to, torch.mul}
@@ -49,7 +49,6 @@ def recompute_activations() -> Iterator[None]:
         if hooks_allowed():
             recomputation = stack.enter_context(_Recomputation())
             stack.enter_context(saved_tensors_hooks(recomputation.pack, lambda packed: packed.get()))
-            keep_roles()
         yield
 
 

@@ -153,11 +153,6 @@ def hooks_allowed() -> bool:
     return (pair is None or pair[0] == _PLAIN.pack) and _transform() is None
 
 
-def keep_roles() -> None:
-    """Lets the hooks that were pushed last keep the roles of each node."""
-    _bind(current(), push=False)
-
-
 @contextlib.contextmanager
 def enter(router: Router, assignment: Assignment, where: str) -> Iterator[None]:
     """Plays ``assignment`` on the model of ``router`` inside the block."""
