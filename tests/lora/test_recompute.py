@@ -212,7 +212,7 @@ class TestBitwise:
         def spied(x):
             if torch.overrides.has_torch_function_unary(x):
                 return torch.overrides.handle_torch_function(spied, (x,), x)
-            seen.append((torch.is_autocast_enabled("cpu"), x.requires_grad and torch.is_grad_enabled()))
+            seen.append((torch.is_autocast_enabled("cpu"), torch.is_grad_enabled()))
             return F.silu(x)
 
         seen, model = [], gated(nn.LayerNorm, spied)
@@ -529,19 +529,26 @@ class TestWhatIsNotRecomputed:
                 out = 2 * (leaf * leaf + 1)
             assert live.current <= 2 * out.nbytes  # the leaf and the output
 
-    @pytest.mark.parametrize("kind", ["sparse", "meta", "batched"])
-    def test_other_kinds_of_tensors(self, kind):
-        x = torch.eye(3, device="meta" if kind == "meta" else "cpu")
-        function = lambda x: x * x * (x * 2)  # noqa: E731
+    @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+    @pytest.mark.parametrize(
+        ("make", "function"),
+        [
+            (Tensor.to_sparse, lambda x: (x * x * 2).to_dense()),
+            (Tensor.to_sparse_csr, lambda x: (x * 2).values() * (x * 2).values()),
+            (lambda x: x.to("meta"), lambda x: F.silu(x) * x),
+            (Tensor.clone, torch.vmap(lambda x: F.silu(x) * (x * 2))),
+        ],
+        ids=["sparse", "csr", "meta", "batched"],
+    )
+    def test_other_kinds_of_tensors(self, make, function):
         grads = []
         for context in (recompute_activations, plain):
-            leaf = (x.to_sparse() if kind == "sparse" else x).detach().requires_grad_()
+            leaf = make(torch.ones(3, 3)).requires_grad_()
             with context():
-                out = torch.vmap(function)(leaf) if kind == "batched" else function(leaf)
+                out = function(leaf)
             grads.append(torch.autograd.grad(out.sum(), leaf)[0])
         assert grads[0].shape == (3, 3)
-        if kind != "meta":
-            assert torch.equal(*(grad.to_dense() for grad in grads))
+        assert grads[0].is_meta or torch.equal(*(grad.to_dense() for grad in grads))
 
     def test_weights_that_fsdp_frees(self, process_group):
         from torch.distributed.fsdp import fully_shard
