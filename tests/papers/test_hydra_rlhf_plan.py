@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, GPT2Config
 
+from benchmarks.memory import hydra as hydra_memory
 from kernelab.experiment.cli import main
 from kernelab.papers.hydra_rlhf import plan as planner
 from kernelab.papers.hydra_rlhf.config import PRESETS, Config
@@ -122,9 +123,12 @@ def test_every_byte_has_its_kind():
     assert kinds["adapters"] == adapters > 0
     assert kinds["weights"] == sum(size.values()) - adapters + buffers
     assert kinds["optimizer state"] == sum(2 * p.numel() * 4 + 4 for p in trained)  # two moments and the step
+    whole = predict(settings(prompt_length=2, response_length=2, sft_batch_size=1, muon_learning_rate=0.0))
+    kinds = whole.parts["hydra_sft"]
+    assert kinds["gradients"] == pytest.approx(kinds["optimizer state"] / 2, rel=1e-3)  # all, before the step
     answer = predict(settings(prompt_length=4, response_length=40)).parts["answer"]
     assert answer["KV cache"] >= 2 * 2 * 8 * 43 * 48 * 4  # layers, keys and values, rows, tokens before the last, width
-    assert set(kinds) <= set(planner.KINDS)
+    assert set(answer) <= set(planner.KINDS)
 
 
 def test_a_prediction_repeats_and_leaves_no_trace():
@@ -313,3 +317,16 @@ def test_a_plan_that_fails_does_not_hide_what_happened(tmp_path, capsys, monkeyp
     out, error = capsys.readouterr()
     assert "out of memory: no more" in error
     assert "no plan: IndexError" in out
+
+
+def test_the_table_of_all_methods_for_a_model_that_is_not_here(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    GPT2Config(vocab_size=300, n_embd=32, n_layer=1, n_head=2).save_pretrained(tmp_path)
+    table = ["--model", str(tmp_path), "--answers=3", "--prompt-length=8", "--response-length=4", "--lora-r=2"]
+    hydra_memory.main(table)
+    out = capsys.readouterr().out
+    assert all(title in out for title in ("SFT", *(method.title for method in METHODS.values())))
+    at_peak = {"weights": 10 * 10**9, "optimizer state": 8 * 10**9, "activations": 40 * 10**9}
+    row = hydra_memory.Row("Hydra-PPO", 4, at_peak)
+    assert row.sharded == 51e9
+    assert row.fit == pytest.approx(4 + (71.1 - 51) / 10)  # 10 GB an answer

@@ -65,8 +65,8 @@ def predict(config: Config) -> Plan:
     a GPU's libraries take for themselves, comes on top.
 
     >>> plan = predict(Config(method="lora", sft_steps=0, rm_steps=0))
-    >>> {part: size // 10**6 for part, size in plan.totals.items()}
-    {'answer': 53, 'score': 20, 'update': 62}
+    >>> list(plan.totals), plan.peak > plan.states
+    (['answer', 'score', 'update'], True)
     """
     method = METHODS[config.method]
     dtype = getattr(torch, config.dtype)
