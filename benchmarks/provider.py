@@ -64,10 +64,10 @@ def refcheck(provider: Provider, dtype: torch.dtype) -> float:
     assert got.keys() == exact.keys(), f"results {sorted(got)}, expected {sorted(exact)}"
     errors = [0.0]
     for name, value in exact.items():
-        value, one = _whole(value), _whole(got[name])
+        value, one, plain_one = _whole(value), _whole(got[name]), _whole(plain[name])
         factor = FORWARD if name.startswith("output") else BACKWARD
         # An adapter may have another dtype than the group.
-        check(name, one.to(dtype), _whole(plain[name]), value, factor)
+        check(name, one.to(plain_one.dtype), plain_one, value, factor)
         errors.append(((one.double() - value).abs().max() / value.abs().max()).item())
     return max(errors)
 

@@ -33,6 +33,7 @@ class Target(NamedTuple):
 
 
 _BOTH = ("lora_linear", "forward+backward")
+_LOGPROB = ("linear_logprob", "forward+backward", "head-32000", "float32")
 _SAVED = ("lora_layers", "saved")
 TARGETS = (
     Target((*_BOTH, "square-1024", "bfloat16"), "peft", "kernelab/cpu", 1, 1.5),
@@ -40,6 +41,8 @@ TARGETS = (
     Target((*_BOTH, "square-1024-dropout", "bfloat16"), "peft-float32-adapters", "kernelab/cpu", 1, 1.8),
     Target((*_BOTH, "square-1024-dropout", "float32"), "peft", "kernelab/cpu", 1, 1.8),
     Target((*_BOTH, "square-1024", "float32"), "kernelab/cpu", "base", -1, 1.12),
+    Target(_LOGPROB, "kernelab/cpu", "torch", -1, 0.85),
+    Target(_LOGPROB, "kernelab/cpu", "torch", -1, 0.125, "peak_bytes"),
     Target((*_SAVED, "dropout-0.0", "bfloat16"), "kernelab", "peft-float32-adapters", -1, 0.65, "saved_bytes"),
     Target((*_SAVED, "dropout-0.05", "bfloat16"), "kernelab", "peft-float32-adapters", -1, 0.35, "saved_bytes"),
     Target((*_SAVED, "dropout-0.05", "bfloat16"), "kernelab", "peft", -1, 0.35, "saved_bytes"),

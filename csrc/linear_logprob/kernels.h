@@ -162,7 +162,10 @@ struct Logits {
     }
   }
 
-  static KL_INLINE Element element(T value) { return static_cast<Element>(static_cast<Sum>(value)); }
+  static KL_INLINE Element element(T value) {
+    if constexpr (std::is_same_v<T, Element>) return value;
+    return static_cast<Element>(static_cast<Sum>(value));
+  }
 
   const T* weight_row(int64_t v) const { return static_cast<const T*>(g.weight) + v * g.weight_stride; }
 
@@ -356,12 +359,21 @@ struct Forward : Logits<T, M> {
 
   void pack_strip(int64_t first_class, int64_t classes, int64_t first) {
     const int64_t count = std::min<int64_t>(kStrip, g.features - first);
-    for (int64_t v = 0; v < round_up(classes, kDepth); ++v) {
-      Element* at = reinterpret_cast<Element*>(strip + v / kDepth * kStrip) + v % kDepth;
-      const int64_t present = v < classes ? count : 0;
+    for (int64_t v = 0; v < classes; v += kDepth) {
+      Unit* to_units = strip + v / kDepth * kStrip;
       const T* from = weight_row(first_class + v) + first;
-      for (int64_t k = 0; k < present; ++k) at[k * kDepth] = this->element(from[k]);
-      for (int64_t k = present; k < kStrip; ++k) at[k * kDepth] = Element(Sum{0});
+      if (v + kDepth <= classes)
+        for (int64_t k = 0; k < count; ++k) {
+          Element elements[kDepth];
+          for (int d = 0; d < kDepth; ++d) elements[d] = this->element(from[d * g.weight_stride + k]);
+          to_units[k] = M::unit(elements);
+        }
+      else
+        for (int64_t k = 0; k < count; ++k) {
+          const Element elements[2] = {this->element(from[k]), Element(Sum{0})};
+          to_units[k] = M::unit(elements);
+        }
+      std::fill_n(to_units + count, kStrip - count, Unit{0});
     }
   }
 

@@ -84,7 +84,7 @@ def without_extension():
     """In tiles so small that these problems have many."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "reason_missing", lambda: "not built")
-        for name, size in (("SIDE", 48), ("ELEMENTS", 2**13), ("PART_ELEMENTS", 2**13)):
+        for name, size in (("SIDE", 48), ("ELEMENTS", 2**13), ("PART_ELEMENTS", 2**13), ("GRADIENT_ELEMENTS", 2**11)):
             patch.setattr(cpu_kernels, name, size)
         yield
 

@@ -16,6 +16,7 @@ from .arguments import check_range
 SIDE = 1024  # of a tile of logits, where the features leave room
 ELEMENTS = 2**22  # of a block of rows or of classes
 PART_ELEMENTS = 2**24  # of the rows whose gradient backward adds up before it is rounded
+GRADIENT_ELEMENTS = 2**20  # of the gradient by logits, where that makes a tile of more than SIDE classes
 WORK_BYTES = 2**27  # of the extension, where that leaves a thread 16 rows
 NEVER = -1e5  # exp is 0 from here on, in float64 too
 
@@ -132,7 +133,7 @@ def backward(hidden, weight, bias, target, lse, entropy, grad_logprob, grad_entr
     for part in _blocks(0, rows, max(64, min(4096, PART_ELEMENTS // max(features, 1)))):
         per_row = target[part], lse[part], entropy[part], grad_logprob[part], grad_entropy[part]
         dx = lse.new_zeros(part.stop - part.start, features)
-        for tile in _blocks(0, classes, SIDE):
+        for tile in _blocks(0, classes, max(SIDE, GRADIENT_ELEMENTS // (part.stop - part.start))):
             dz = gradient(hidden[part], weight, bias, *per_row, temperature, tile)  # [rows, classes]
             if need_hidden:
                 dx = _add_product(dx, dz, weight[tile].to(dz.dtype))
