@@ -35,6 +35,7 @@ class Target(NamedTuple):
 _BOTH = ("lora_linear", "forward+backward")
 _LOGPROB = ("linear_logprob", "forward+backward", "head-32000", "float32")
 _SAVED = ("lora_layers", "saved")
+_DECODER = ("decoder_layer", "saved", "dropout-0.0")
 TARGETS = (
     Target((*_BOTH, "square-1024", "bfloat16"), "peft", "kernelab/cpu", 1, 1.5),
     Target((*_BOTH, "square-1024", "float32"), "peft", "kernelab/cpu", 1, 1.1),
@@ -46,6 +47,8 @@ TARGETS = (
     Target((*_SAVED, "dropout-0.0", "bfloat16"), "kernelab", "peft-float32-adapters", -1, 0.65, "saved_bytes"),
     Target((*_SAVED, "dropout-0.05", "bfloat16"), "kernelab", "peft-float32-adapters", -1, 0.35, "saved_bytes"),
     Target((*_SAVED, "dropout-0.05", "bfloat16"), "kernelab", "peft", -1, 0.35, "saved_bytes"),
+    Target((*_DECODER, "float32"), "kernelab-recompute", "peft", -1, 0.65, "saved_bytes"),
+    Target((*_DECODER, "bfloat16"), "kernelab-recompute", "peft", -1, 0.65, "saved_bytes"),
     Target(("scoring", "forward", "demo", "float32"), "peft", "kernelab.streams", 1, 1.3),
     Target(("switch", "forward", "deep", "float32"), "kernelab.streams", "peft", -1, 0.2),
 )

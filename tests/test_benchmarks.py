@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import record, report, timing
+from benchmarks import decoder, record, report, timing
 from benchmarks.measure import measure_group
 from benchmarks.memory import lora as memory
 from benchmarks.provider import FORWARD_ONLY, Group, Provider
@@ -157,14 +157,25 @@ def test_a_broken_line_is_named(tmp_path):
         report.main(["--results", str(tmp_path / "nothing")])
 
 
-def test_saved_bytes_of_the_linear_layers_are_their_inputs_and_projections(tmp_path, monkeypatch):
-    for name, size in (("WIDTH", 64), ("HIDDEN", 172), ("RANK", 2)):
+def test_saved_bytes_of_lora(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "RANK", 2)
+    for name, size in (("WIDTH", 64), ("HIDDEN", 172)):
         monkeypatch.setattr(memory, name, size)
+        monkeypatch.setattr(decoder, name, size)
     memory.main(["--record", "--results", str(tmp_path)])
-    rows = {(row.dtype, row.case, row.provider): row.saved_bytes for row in record.load(tmp_path)}
-    elements = 3 * memory.WIDTH + memory.HIDDEN + 7 * memory.RANK  # inputs once each, and D(x) A^T of every layer
-    for dropout in ("dropout-0.0", "dropout-0.05"):
-        assert rows["float32", dropout, "kernelab"] == 4 * elements
-        assert rows["bfloat16", dropout, "kernelab"] == 2 * elements
-    assert rows["bfloat16", "dropout-0.0", "peft"] == 2 * elements
-    assert rows["bfloat16", "dropout-0.05", "kernelab"] < 0.35 * rows["bfloat16", "dropout-0.05", "peft"]
+    rows = {(row.op, row.dtype, row.case, row.provider): row.saved_bytes for row in record.load(tmp_path)}
+    linears = 3 * memory.WIDTH + memory.HIDDEN + 7 * memory.RANK  # inputs once each, and D(x) A^T of every layer
+    # Two residuals, query, key, value and output of the attention, and again the norms' outputs; gate and up, and again
+    # silu(gate) and its product with up; the statistics of two norms and of one head.
+    decoder_layer = 8 * decoder.WIDTH + 4 * decoder.HIDDEN + 7 * decoder.RANK
+    for dtype, itemsize in (("float32", 4), ("bfloat16", 2)):
+        for dropout in ("dropout-0.0", "dropout-0.05"):
+            assert rows["lora_layers", dtype, dropout, "kernelab"] == itemsize * linears
+        assert rows["lora_layers", dtype, "dropout-0.0", "peft"] == itemsize * linears
+        upcast = (4 - itemsize) * 2 * decoder.WIDTH  # transformers' norms work in float32
+        assert rows["decoder_layer", dtype, "dropout-0.0", "kernelab"] == itemsize * decoder_layer + upcast + 4 * 3
+        assert rows["decoder_layer", dtype, "dropout-0.0", "peft"] == itemsize * decoder_layer + upcast + 4 * 3
+        less = itemsize * (decoder_layer - 2 * decoder.WIDTH - 2 * decoder.HIDDEN) + 4 * 3
+        assert rows["decoder_layer", dtype, "dropout-0.0", "kernelab-recompute"] == less
+    bfloat16 = [rows["lora_layers", "bfloat16", "dropout-0.05", provider] for provider in ("kernelab", "peft")]
+    assert bfloat16[0] < 0.35 * bfloat16[1]

@@ -1,8 +1,9 @@
-"""Bytes that the seven linear layers of a transformer layer keep for backward, a token: kernelab's adapters and PEFT's.
+"""Bytes that LoRA keeps for backward, a token: kernelab's adapters and PEFT's.
 
     python benchmarks/memory/lora.py [--record]
 
-Deterministic: the same on every machine. The frozen layers alone keep nothing.
+Of the seven linear layers of a transformer layer alone, which keep nothing when frozen, and of a whole Llama layer.
+Deterministic: the same on every machine.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks import record
+from benchmarks import decoder, record
 from benchmarks.peers import peft_model
 from benchmarks.provider import SEED, Provider, refcheck
-from kernelab._core.memory import saved_bytes
+from kernelab._core.memory import LiveBytes, saved_bytes
 from kernelab.lora import LoRAConfig, inject
 
 WIDTH, HIDDEN, TOKENS, RANK = 1024, 2752, 16, 16
@@ -68,22 +69,46 @@ def measure(dtype: torch.dtype, dropout: float) -> list[record.Row]:
             layer.lora_B["default"].weight.data.copy_(b.detach())
     rows = []
     for provider, model in models.items():
-        checked = Provider(run=partial(model.eval(), *inputs), exact=partial(_merged, ours, inputs))
-        error = refcheck(checked, dtype)
-        rows.append(
-            record.Row(
-                op="lora_layers",
-                direction="saved",
-                case=f"dropout-{dropout}",
-                dtype=str(dtype)[6:],
-                device="cpu",
-                machine=record.machine("cpu"),
-                provider=provider,
-                refcheck_error=error,
-                saved_bytes=saved_bytes(partial(model.train(), *inputs)) // TOKENS,
-            )
-        )
+        error = refcheck(Provider(run=partial(model.eval(), *inputs), exact=partial(_merged, ours, inputs)), dtype)
+        saved = saved_bytes(partial(model.train(), *inputs))
+        rows.append(_row("lora_layers", f"dropout-{dropout}", dtype, provider, error, saved))
     return rows
+
+
+def measure_decoder(dtype: torch.dtype) -> list[record.Row]:
+    """One row a provider, checked with its gradients. What other layers share, the table of positions, is not counted;
+    the frozen layer keeps what its attention, its norms and its products need."""
+    rows = []
+    for provider in decoder.PROVIDERS:
+        if provider == "peft-float32-adapters" and dtype == torch.float32:
+            continue
+        error = refcheck(decoder.training(provider, dtype, TOKENS), dtype)
+        forward, _ = decoder.adapted(provider, dtype, TOKENS)
+        rows.append(_row("decoder_layer", "dropout-0.0", dtype, provider, error, _kept(forward, dtype)))
+    return rows
+
+
+def _kept(forward: decoder.Forward, dtype: torch.dtype) -> int:
+    """Bytes that live after ``forward`` besides its output. Hooks that count would switch recomputation off."""
+    leaf = decoder.inputs(dtype, TOKENS)[0].requires_grad_()
+    for _ in range(2):  # the first call makes what stays
+        with LiveBytes() as live:
+            output = forward(leaf * 1)
+    return live.current - output.nbytes
+
+
+def _row(op: str, case: str, dtype: torch.dtype, provider: str, error: float, saved: int) -> record.Row:
+    return record.Row(
+        op=op,
+        direction="saved",
+        case=case,
+        dtype=str(dtype)[6:],
+        device="cpu",
+        machine=record.machine("cpu"),
+        provider=provider,
+        refcheck_error=error,
+        saved_bytes=saved // TOKENS,
+    )
 
 
 def _merged(adapted: nn.Module, inputs: list[Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -102,13 +127,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--record", action="store_true", help="append the rows to --results")
     parser.add_argument("--results", type=Path, default=record.RESULTS, metavar="DIR")
     options = parser.parse_args(arguments)
-    table = Table("dtype", "dropout", "provider", "bytes a token", "kernelab / it")
+    table = Table("op", "case", "dtype", "provider", "bytes", "/ peft", title="Kept for backward, a token", box=None)
     for dtype in (torch.float32, torch.bfloat16):
-        for dropout in (0.0, 0.05):
-            rows = measure(dtype, dropout)
+        for rows in (measure(dtype, 0.0), measure(dtype, 0.05), measure_decoder(dtype)):
+            peft = next(row.saved_bytes for row in rows if row.provider == "peft")
             for row in rows:
-                ratio = rows[0].saved_bytes / row.saved_bytes
-                table.add_row(row.dtype, str(dropout), row.provider, f"{row.saved_bytes:,}", f"{ratio:.2f}")
+                numbers = f"{row.saved_bytes:,}", f"{row.saved_bytes / peft:.2f}"
+                table.add_row(row.op, row.case, row.dtype, row.provider, *numbers)
                 if options.record:
                     record.append(row, options.results)
     Console().print(table)
