@@ -151,9 +151,7 @@ class _Recomputation(TorchFunctionMode):
         if version == tensor._version:
             return call
         base = tensor._base
-        if base is None or base.layout != torch.strided or (base.dtype, base.numel()) != (tensor.dtype, tensor.numel()):
-            return None
-        if base.is_contiguous() and tensor.is_contiguous():  # all of it in its order
+        if base is not None and _is_reshaped(base, tensor):
             return _Call(methodcaller("view", tensor.shape), (_Read(base, base._version),), 1 + self._calls(base))
         return None
 
@@ -169,6 +167,14 @@ class _Recomputation(TorchFunctionMode):
             # Nothing else keeps it, so the program may write to it.
             packed = self._keep(tensor, Saved.of(tensor.detach().clone()))
         return packed or argument
+
+
+def _is_reshaped(base: Tensor, view: Tensor) -> bool:
+    """``view`` is all of ``base`` in its order, bit for bit."""
+    if base.layout != torch.strided or not view.is_floating_point() or view.is_neg():
+        return False
+    same = (base.dtype, base.numel(), base.storage_offset()) == (view.dtype, view.numel(), view.storage_offset())
+    return same and base.is_contiguous() and view.is_contiguous()
 
 
 def _shared(packed):

@@ -536,9 +536,11 @@ class TestWhatIsNotRecomputed:
             (Tensor.to_sparse, lambda x: (x * x * 2).to_dense()),
             (Tensor.to_sparse_csr, lambda x: (x * 2).values() * (x * 2).values()),
             (lambda x: x.to("meta"), lambda x: F.silu(x) * x),
+            (lambda x: x * (1 + 2j), lambda x: ((x * 2).conj() * (x * 2)).real + ((x * x).conj() * (x + 1)).imag),
+            (lambda x: x * (1 + 2j), lambda x: (x * 1j).conj().imag * (x * 1j).conj().imag.exp()),
             (Tensor.clone, torch.vmap(lambda x: F.silu(x) * (x * 2))),
         ],
-        ids=["sparse", "csr", "meta", "batched"],
+        ids=["sparse", "csr", "meta", "conjugate", "negative", "batched"],
     )
     def test_other_kinds_of_tensors(self, make, function):
         grads = []
