@@ -83,8 +83,9 @@ def check_backward(got, arguments: dict) -> None:
         check(name, *triple, BACKWARD)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "entropy"), [(torch.float32, False), (torch.bfloat16, True), (torch.float16, True)], ids=str
+)
 @pytest.mark.parametrize("case", [case for case in CASES if "interp" in case.tags], ids=lambda case: case.name)
 def test_launches_are_clean_and_move_the_bytes_of_the_closed_form(case, entropy, dtype):
     arguments = args.build(case, "cpu", dtype)
@@ -103,7 +104,7 @@ def test_launches_are_clean_and_move_the_bytes_of_the_closed_form(case, entropy,
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_log_probabilities_do_not_depend_on_the_batch_or_on_what_is_kept(triton, dtype, monkeypatch):
+def test_log_probabilities_do_not_depend_on_the_batch_or_on_what_is_kept(triton, dtype):
     call = make(131, 40, 600, dtype)
     whole = triton.forward(**call, entropy=True, keep=True)[:3]
     alone = {name: call[name][40:41] for name in ("hidden", "target")}

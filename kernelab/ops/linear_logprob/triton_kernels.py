@@ -184,7 +184,7 @@ def _linear_logprob_accumulate_kernel(
     block_m, block_k = _place(rows, K, BLOCK_M, BLOCK_K, GROUP_M)
     row = block_m * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
     k = block_k * BLOCK_K + tl.arange(0, BLOCK_K).to(tl.int64)
-    inner = tl.arange(0, BLOCK_V).to(tl.int64)
+    inner = tl.arange(0, BLOCK_V)
     row_mask, k_mask = row[:, None] < rows, k[None, :] < K
     dz_ptrs = dz_ptr + row[:, None] * stride_dz + inner[None, :]
     weight_ptrs = weight_ptr + inner[:, None] * stride_wv + k[None, :] * stride_wk
