@@ -16,8 +16,3 @@ def wins(x: Tensor, weight: Tensor) -> bool:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear`` within rounding."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-
-def linear_add(x: Tensor, weight: Tensor, other: Tensor) -> Tensor:
-    """``other + F.linear(x, weight)`` within rounding, in a new tensor."""
-    return torch.ops.mkldnn._linear_pointwise.binary(x, other, weight, None, "add")

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
 from kernelab._core import native
@@ -184,6 +185,25 @@ def test_no_logit_a_class_is_alive(train, entropy):
 
     head = call["weight"].nbytes if "weight" in train else 0  # its gradient, which both make
     assert step(ours) - head <= (step(eager) - head) / 8
+
+
+@pytest.mark.parametrize("features", [4096, 8192])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("train", ["", "hidden", "hidden weight"])
+def test_a_large_head_takes_256_mebibytes_beside_its_results(features, dtype, train):
+    rows, classes = 16384, 128256
+    with FakeTensorMode(), LiveBytes() as live:
+        hidden, weight = torch.empty(rows, features, dtype=dtype), torch.empty(classes, features, dtype=dtype)
+        hidden.requires_grad_("hidden" in train)
+        weight.requires_grad_("weight" in train)
+        before = live.current
+        results = linear_logprob(hidden, weight, torch.zeros(rows, dtype=torch.int64), entropy=True)
+        assert live.peak - live.current <= 2**28
+        kept = live.current - before
+        assert kept <= (2 * hidden.nbytes if train == "hidden" else 0) + 64 * rows
+        if "weight" in train:
+            grads = torch.autograd.grad(sum(results).sum(), [hidden, weight])
+            assert live.peak - before - kept - sum(grad.nbytes for grad in grads) <= 2**28
 
 
 @each_backend

@@ -116,9 +116,9 @@ def _sums(x, weight, bias, target, temperature, entropy, keep) -> _Sums:
         else:
             p = z.exp_()
         if keep and entropy:
-            moments = _add_product(moments.addcmul_(weights, _rows(step)).mul_(_rows(factor)), pz, w)
+            _add_product(moments.addcmul_(weights, _rows(step)).mul_(_rows(factor)), pz, w)
         if keep:
-            weights = _add_product(weights.mul_(_rows(factor)), p, w)
+            _add_product(weights.mul_(_rows(factor)), p, w)
         mass.mul_(factor).add_(p.sum(1))
     return _Sums(peak, picked, mass, moment, weights, moments)
 
@@ -136,7 +136,7 @@ def backward(hidden, weight, bias, target, lse, entropy, grad_logprob, grad_entr
         for tile in _blocks(0, classes, max(SIDE, GRADIENT_ELEMENTS // (part.stop - part.start))):
             dz = gradient(hidden[part], weight, bias, *per_row, temperature, tile)  # [rows, classes]
             if need_hidden:
-                dx = _add_product(dx, dz, weight[tile].to(dz.dtype))
+                _add_product(dx, dz, weight[tile].to(dz.dtype))
             if need_weight:
                 dweight[tile] = _add_product(dweight[tile].to(lse.dtype), dz.mT, hidden[part].to(dz.dtype))
             if need_bias:
@@ -192,10 +192,10 @@ def _native_can(weight: Tensor) -> bool:
 
 
 def _add_product(total: Tensor, x: Tensor, w: Tensor) -> Tensor:
-    """``total + x w``, in ``total`` or in a new tensor."""
-    if x.dtype != total.dtype:
-        return total.add_(x @ w)
-    return onednn.linear_add(x, w.mT, total) if onednn.wins(x, w) else total.addmm_(x, w)
+    """``total += x w``."""
+    if onednn.wins(x, w):
+        return total.add_(onednn.linear(x, w.mT, None))
+    return total.addmm_(x, w) if x.dtype == total.dtype else total.add_(x @ w)
 
 
 def _rows(t: Tensor) -> Tensor:
