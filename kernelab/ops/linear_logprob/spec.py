@@ -94,15 +94,21 @@ def _both(hidden, weight, target, bias, temperature) -> tuple[Tensor, Tensor]:
     return logprob.reshape(target.shape), entropy.reshape(target.shape)
 
 
+def _recomputes(arguments: dict) -> bool:
+    """Backward computes the logits again: the head trains, or the forward may not keep derivatives."""
+    hidden, weight, bias = (arguments[name] for name in ("hidden", "weight", "bias"))
+    train_head = weight.requires_grad or (bias is not None and bias.requires_grad)
+    return train_head or (hidden.requires_grad and hidden.dtype == torch.float16)
+
+
 def _flops(entropy: bool) -> Callable[[dict], tuple[int, int]]:
-    """A product of [M, d] and [d, V] is 2MdV. A head that trains has one for the logits, and in backward again, and
-    one a gradient; a frozen one takes those of backward in the forward."""
+    """A product of [M, d] and [d, V] is 2MdV. Logits are one, in backward again where it recomputes them, and a
+    gradient is one; a frozen head has those of backward in the forward."""
 
     def flops(arguments: dict) -> tuple[int, int]:
-        hidden, weight, bias = (arguments[name] for name in ("hidden", "weight", "bias"))
+        hidden, weight = arguments["hidden"], arguments["weight"]
         product = 2 * hidden.numel() * weight.shape[0]
-        train_head = weight.requires_grad or (bias is not None and bias.requires_grad)
-        if train_head:
+        if _recomputes(arguments):
             return product, product * (1 + hidden.requires_grad + weight.requires_grad)
         return product * (1 + hidden.requires_grad * (1 + entropy)), 0
 
@@ -118,7 +124,7 @@ def _bytes_moved(entropy: bool) -> Callable[[dict], tuple[int, int]]:
         head = size * (weight.numel() + (0 if bias is None else bias.numel()))
         rows = target.numel() * (8 + wide * (1 + entropy))
         forward = size * hidden.numel() + head + rows
-        if weight.requires_grad or (bias is not None and bias.requires_grad):
+        if _recomputes(arguments):
             grads = [t for t in (hidden, weight, bias) if t is not None and t.requires_grad]
             return forward, forward + wide * target.numel() + size * sum(t.numel() for t in grads)
         kept = size * hidden.numel() * hidden.requires_grad * (1 + entropy)
