@@ -130,7 +130,7 @@ struct Logits {
   const kl::logprob::Head& g;
   const int64_t units;  // of a row
   const Sum scale;
-  Sum* free;                  // memory
+  Sum* memory;                // what is not taken yet
   Sum* logits;                // before the temperature [kClasses, block]
   Unit* packed;               // hidden, in strips [units, up to kStrip]
   Unit* chunk;                // of the weight [kClasses, kInner]
@@ -138,7 +138,7 @@ struct Logits {
 
   Logits(const kl::logprob::Head& head, int part)
       : g(head), units(round_up(head.features, kDepth) / kDepth), scale(static_cast<Sum>(1 / head.temperature)) {
-    free = static_cast<Sum*>(g.work) + part * (g.block * (3 * g.features + 512) + (1 << 15));
+    memory = static_cast<Sum*>(g.work) + part * (g.block * (3 * g.features + 512) + (1 << 15));
     logits = take<Sum>(kClasses * g.block);
     packed = take<Unit>(units * g.block);
     chunk = take<Unit>(kClasses * kInner);
@@ -146,7 +146,7 @@ struct Logits {
 
   template <typename E>
   E* take(int64_t count) {
-    return reinterpret_cast<E*>(std::exchange(free, free + count * static_cast<int64_t>(sizeof(E) / sizeof(Sum))));
+    return reinterpret_cast<E*>(std::exchange(memory, memory + count * static_cast<int64_t>(sizeof(E) / sizeof(Sum))));
   }
 
   // Calls `block()` for every block of the part.

@@ -132,7 +132,7 @@ def backward(hidden, weight, bias, target, lse, entropy, grad_logprob, grad_entr
     gradient = _gradient_native if _native_can(weight) else _gradient_torch
     for part in _blocks(0, rows, max(64, min(4096, PART_ELEMENTS // max(features, 1)))):
         per_row = target[part], lse[part], entropy[part], grad_logprob[part], grad_entropy[part]
-        dx = lse.new_zeros(part.stop - part.start, features)
+        dx = lse.new_zeros(part.stop - part.start if need_hidden else 0, features)
         for tile in _blocks(0, classes, max(SIDE, GRADIENT_ELEMENTS // (part.stop - part.start))):
             dz = gradient(hidden[part], weight, bias, *per_row, temperature, tile)  # [rows, classes]
             if need_hidden:
