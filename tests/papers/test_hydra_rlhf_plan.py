@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, GPT2Config
+from transformers import AutoModelForCausalLM, GPT2Config, T5Config
 
 from benchmarks.memory import hydra as hydra_memory
 from kernelab.experiment.cli import main
@@ -142,6 +142,11 @@ def test_a_model_by_path_and_one_that_is_not_there(tmp_path):
     GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=2, n_positions=64).save_pretrained(tmp_path)
     config = settings(model=str(tmp_path), sft_steps=0)
     assert predict(config).totals == pytest.approx(measured(replace(config, vocab_size=300)), rel=0.01)
+    with pytest.raises(ValueError, match="'prompt_length': expected at most 64 tokens"):
+        predict(replace(config, prompt_length=60))
+    T5Config().save_pretrained(tmp_path / "t5")
+    with pytest.raises(ValueError, match="a causal language model"):
+        predict(settings(model=str(tmp_path / "t5")))
     with pytest.raises(ValueError, match="llama-7b"):
         predict(settings(model="llama-7"))
 
@@ -252,6 +257,7 @@ def test_the_command_prints_json(capsys):
     ("flags", "status", "message"),
     [
         (["--memory", "0"], 1, "'memory': expected more than 0 bytes"),
+        (["--memory", "inf"], 1, "at most 1e18"),
         (["--memory", "many"], 2, "--memory"),
         (["--preset", "smal"], 2, "demo, small, paper"),
         (["--preset"], 2, "demo, small, paper"),

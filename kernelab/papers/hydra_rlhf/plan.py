@@ -13,6 +13,7 @@ import torch
 import tyro
 from rich.console import Group, RenderableType
 from rich.json import JSON
+from rich.markup import escape
 from rich.table import Table
 
 from kernelab._core.errors import bad_value
@@ -34,8 +35,8 @@ def plan(
         memory: bytes; also finds the largest batch_size that PPO has room for, the number of its parts as it is.
         json: print JSON.
     """
-    if memory is not None and not memory > 0:
-        raise bad_value("hydra-rlhf", "memory", "more than 0 bytes", memory)
+    if memory is not None and not 0 < memory <= 1e18:
+        raise bad_value("hydra-rlhf", "memory", "more than 0 bytes, at most 1e18", memory)
     plans = [predict(replace(config, method=name)) for name in chosen_methods(config)]
     largest = [None if memory is None else largest_batch(plan.config, memory) for plan in plans]
     if json:
@@ -58,7 +59,7 @@ def largest_batch(config: Config, memory: float) -> Plan | None:
         else:
             too_many = rows
         last_rows, last_peak = last or (0, found.states)
-        a_row = (found.peak - last_peak) / (rows - last_rows)
+        a_row = max(1.0, (found.peak - last_peak) / (rows - last_rows))
         last = rows, found.peak
         rows = max(rows + int((memory - found.peak) // a_row), fits + 1)
         rows = rows if too_many is None else min(rows, too_many - 1)
@@ -68,8 +69,8 @@ def largest_batch(config: Config, memory: float) -> Plan | None:
 def smaller(plan: Plan, memory: float) -> Plan | None:
     """The plan of the next smaller setting that fits, or None.
 
-    More and smaller parts of a mini-batch come first, for they change no result, then gradient checkpointing. Fewer
-    answers, or pairs of supervised training, come where these are what does not fit.
+    More and smaller parts of a mini-batch come first, for they change a step by rounding alone, then gradient
+    checkpointing. Fewer answers, or pairs of supervised training, come where these are what does not fit.
     """
     part = max(plan.totals, key=plan.totals.__getitem__)
     while changes := _shrunk(plan.config, part):
@@ -99,14 +100,14 @@ def _shrunk(config: Config, part: str) -> dict[str, Any]:
 def out_of_memory(config: Config) -> RenderableType:
     """For a run whose memory ran out: its plan, and the next smaller setting that fits."""
     largest = max((predict(replace(config, method=name)) for name in chosen_methods(config)), key=lambda one: one.peak)
-    limit = min(_memory_here(), largest.peak - 1)  # a plan that fits has just been refuted
+    # A tenth for what is not tensors; and the plan itself has just been refuted, whatever it says.
+    limit = min(0.9 * _memory_here(), largest.peak - 1)
     found = smaller(largest, limit)
     lines = [
         "No smaller setting fits." if found is None else f"The next smaller setting that fits: {_flags(config, found)}"
     ]
     if config.cost_steps:
-        held = ", ".join(METHODS[name].title for name in config.cost_methods)
-        lines.append(f"The phase cost holds {held} at the same time; --cost-steps 0 leaves it out.")
+        lines.append("The phases of costs hold the models of all cost_methods; --cost-steps 0 leaves them out.")
     return Group(_table(largest), *lines)
 
 
@@ -147,7 +148,7 @@ def _table(plan: Plan) -> Table:
     config = plan.config
     rows = config.batch_size // (config.num_mini_batches * config.gradient_accumulation_steps)
     title = (
-        f"{METHODS[config.method].title}, {config.model or 'small Llama'}, {config.dtype}\n"
+        f"{METHODS[config.method].title}, {escape(config.model or 'small Llama')}, {config.dtype}\n"
         f"{config.batch_size} answers, {rows} at once, {config.prompt_length} + {config.response_length} tokens"
     )
     made = Table(title=title, caption="Tensors alone: an allocator and a GPU's libraries take more.")

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
 from kernelab._core.errors import bad_value
 from kernelab._core.ledger import Ledger
@@ -92,8 +92,19 @@ def model_sizes(config: Config) -> PreTrainedConfig:
         raise bad_value("hydra-rlhf", "model", expected, config.model) from error
 
 
+def _trunk(config: Config, sizes: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    length = sum(_lengths(config))
+    positions = getattr(sizes, "max_position_embeddings", None) or length
+    if positions < length:
+        raise bad_value("hydra-rlhf", "prompt_length", f"at most {positions} tokens with response_length", length)
+    try:
+        return AutoModelForCausalLM.from_config(sizes, dtype=dtype).eval()
+    except ValueError as error:
+        raise bad_value("hydra-rlhf", "model", "the config of a causal language model", config.model) from error
+
+
 def _supervised(config: Config, sizes: PreTrainedConfig, stage: str) -> dict[str, int]:
-    lm = AutoModelForCausalLM.from_config(sizes, dtype=torch.float32).eval()
+    lm = _trunk(config, sizes, torch.float32)
     other = [copy.deepcopy(lm).requires_grad_(False)] if stage == "rm" else []  # the SFT model waits for PPO
     supervision = Supervision(config, stage, lm, new_reward_head(lm))
     with _ledger(sizes, supervision, *other) as live, live.phase(stage):
@@ -104,7 +115,7 @@ def _supervised(config: Config, sizes: PreTrainedConfig, stage: str) -> dict[str
 
 
 def _ppo(config: Config, sizes: PreTrainedConfig) -> dict[str, dict[str, int]]:
-    lm = AutoModelForCausalLM.from_config(sizes, dtype=getattr(torch, config.dtype)).eval()
+    lm = _trunk(config, sizes, getattr(torch, config.dtype))
     reward = (lambda sequences: torch.ones(len(sequences))) if config.reward else None
     roles = Roles(METHODS[config.method], lm, new_reward_head(lm), config, reward_function=reward)
     ppo = PPO(roles, SimpleNamespace(end=0, pad=0, response_length=config.response_length), _few_parts(config))
@@ -129,9 +140,10 @@ def _ledger(sizes: PreTrainedConfig, trainer: PPO | Supervision, *others: nn.Mod
         parameter.grad = torch.zeros_like(parameter)
     for optimizer in optimizers:
         optimizer.step()
-        optimizer.zero_grad()
+    modules.zero_grad()
     states = chain.from_iterable(optimizer.state.values() for optimizer in optimizers)
-    with Ledger(lambda tensor: "logits" if sizes.vocab_size in tensor.shape[1:] else "activations") as live:
+    words = sizes.get_text_config().vocab_size
+    with Ledger(lambda tensor: "logits" if words in tensor.shape[1:] else "activations") as live:
         live.label("weights", chain(modules.parameters(), modules.buffers()))
         live.label("adapters", (p for name, p in modules.named_parameters() if ".lora_" in name))
         live.label("optimizer state", (value for state in states for value in state.values() if torch.is_tensor(value)))
