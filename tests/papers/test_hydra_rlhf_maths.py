@@ -161,12 +161,20 @@ def test_token_rewards(draw, mask):
             assert found[b, t].item() == pytest.approx(expected, abs=1e-12)
 
 
-def test_token_logprobs(draw):
+class DoublingLinear(torch.nn.Linear):
+    """A head that is more than its weight, as one with an adapter is."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize(("kind", "factor"), [(torch.nn.Linear, 1), (DoublingLinear, 2)])
+def test_token_logprobs(draw, kind, factor):
     hidden = draw(B, R, D).float().requires_grad_()
-    head = torch.nn.Linear(D, V, bias=False)
+    head = kind(D, V, bias=False)
     tokens = torch.randint(V, (B, R), generator=torch.Generator().manual_seed(1))
     logprob, entropy = ppo.token_logprobs(hidden, head, tokens, temperature=0.7)
-    everything = F.log_softmax(hidden.double() @ head.weight.double().T / 0.7, -1)
+    everything = F.log_softmax(factor * hidden.double() @ head.weight.double().T / 0.7, -1)
     expected = everything.gather(-1, tokens[..., None])[..., 0]
     torch.testing.assert_close(logprob.double(), expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(entropy.double(), -(everything.exp() * everything).sum(-1), rtol=0, atol=1e-5)

@@ -117,9 +117,10 @@ class Config:
     """Held-out prompts that are answered before and after PPO, and held-out pairs that are ranked; 0: all."""
     cost_steps: int = 5
     """PPO steps in which cost_methods are timed side by side, and their peak memory counted; 0: not at all."""
-    cost_methods: tuple[MethodName, ...] = ("lora", "hydra")
+    cost_methods: tuple[Literal["sft", MethodName], ...] = ("lora", "hydra")
+    """sft: a step of supervised fine-tuning, with the rows that PPO's update holds at once."""
     cost_memory: int = 0
-    """Bytes: cost_methods are also timed at the largest batch whose peak these hold; 0: not."""
+    """Bytes: the methods are also timed at the largest batch whose peak these hold; 0: not."""
 
     def __post_init__(self) -> None:
         for names, holds, expected in (
@@ -165,7 +166,7 @@ PRESETS = {
         rm_steps=400,
         ppo_steps=100,
         method="all",
-        cost_methods=("ppo", "lora", "dynamic", "j_hydra", "hydra"),
+        cost_methods=("sft", "ppo", "lora", "dynamic", "j_hydra", "hydra"),
         cost_memory=100_000_000,
     ),
     "paper": Config(

@@ -15,6 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from kernelab._core.memory import LiveBytes
+from kernelab.experiment.device import from_main
 from kernelab.experiment.run import Run
 from kernelab.papers.hydra_rlhf.config import Config
 from kernelab.papers.hydra_rlhf.optimise import PPO
@@ -49,16 +50,15 @@ class Cost:
 
 
 def compare(config: Config, run: Run, task: Task) -> tuple[list[Cost], list[Cost]]:
-    """Costs of SFT and of ``cost_methods`` at the config's batch, and of these at the largest in ``cost_memory``.
+    """Costs of ``cost_methods`` at the config's batch, and of methods of PPO at the largest in ``cost_memory``.
 
-    Phases ``cost`` and ``cost_largest``, on copies of the models. SFT's batch is what PPO's update holds at once. What
-    attention holds depends on where answers end, so a peak may be a row's above ``cost_memory``.
+    Phases ``cost`` and ``cost_largest``, on copies of the models. What attention holds depends on where answers end, so
+    a peak may be a row's above ``cost_memory``.
     """
     if not config.cost_steps:
         return [], []
-    return _measured(config, run, task, "cost"), _measured(
-        config, run, task, "cost_largest"
-    ) if config.cost_memory else []
+    equal = _measured(config, run, task, "cost")
+    return equal, _measured(config, run, task, "cost_largest") if config.cost_memory else []
 
 
 def _measured(config: Config, run: Run, task: Task, phase: str) -> list[Cost]:
@@ -109,12 +109,14 @@ class _Contender:
 
 
 def _contenders(config: Config, task: Task, phase: str) -> Iterator[_Contender]:
-    if phase == "cost":
-        copied = task.copied()
-        batch = config.batch_size // (config.num_mini_batches * config.gradient_accumulation_steps)
-        yield _Contender("SFT", Supervision(config, "sft", copied.lm, copied.head), batch, task, config.seed)
     for name in config.cost_methods:
-        ppo = PPO(make_roles(name, config, task.copied()), task.encoder, config)
+        copied = task.copied()
+        if name == "sft":
+            rows = config.batch_size // (config.num_mini_batches * config.gradient_accumulation_steps)
+            if phase == "cost":
+                yield _Contender("SFT", Supervision(config, "sft", copied.lm, copied.head), rows, task, config.seed)
+            continue
+        ppo = PPO(make_roles(name, config, copied), task.encoder, config)
         contender = _Contender(METHODS[name].title, ppo, config.batch_size, task, config.seed)
         if phase == "cost":
             yield contender
@@ -135,7 +137,7 @@ def _largest_batch(contender: _Contender, memory: int) -> int:
     def peak(batch: int) -> int:
         tried = _with_batch(contender, batch)
         seconds(tried.trainer, tried.rows(0))
-        return max(live_memory(tried.trainer, tried.rows(0))[1].values())
+        return from_main(max(live_memory(tried.trainer, tried.rows(0))[1].values()))
 
     few, more = 8, 16
     low, high = peak(few), peak(more)

@@ -8,6 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from kernelab.ops import linear_logprob
+
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Mean of ``x`` where ``mask`` is true."""
@@ -15,7 +17,12 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def token_logprobs(hidden: Tensor, head: nn.Module, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of ``tokens`` [B, R] and entropies, from the states before them [B, R, d]."""
+    """Log-probabilities of ``tokens`` [B, R], and entropies without gradient, from the states before them [B, R, d]."""
+    if type(head) is nn.Linear:  # not a subclass, whose output may be more than its weight's
+        logprob, entropy = linear_logprob(
+            hidden, head.weight, tokens, bias=head.bias, temperature=temperature, entropy=True
+        )
+        return logprob, entropy.detach()
     logits = head(hidden)  # [B, R, V]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     log_normaliser = logits.logsumexp(-1)
