@@ -15,6 +15,7 @@ from kernelab.ops.linear_logprob.spec import CASES
 from tests.bench.sanitizer import sanitizer
 from tests.contract import arguments as args
 from tests.contract.error import BACKWARD, FORWARD, check
+from tests.ops.test_linear_logprob import likely
 
 pytestmark = pytest.mark.interp
 
@@ -186,18 +187,22 @@ def test_classes_that_the_bias_switches_off(triton, dtype):
     check_backward(triton.backward(**arguments), arguments)
 
 
-def test_the_gradient_of_a_row_that_is_nearly_sure_of_its_target(triton):
-    """``1 - p`` of 1e-4 to 1e-6 to the precision of the logits, where a rounded p would leave nothing."""
-    call = make(40, 16, 50, torch.bfloat16, bias=False) | {"temperature": 1.0}
-    call["weight"][7] = 0
-    call["hidden"] = (call["hidden"].float() * 0.05).bfloat16()
-    call["bias"] = torch.zeros(50, dtype=torch.bfloat16)
-    call["bias"][7] = 16.0
-    call["target"] = torch.full((40,), 7)
-    dlogprob = triton.forward(**call, entropy=False, keep=True)[3]
-    exact = reference.forward(**exactly(call), entropy=False, keep=True)[3]
-    assert exact.abs().max() < 1e-4
-    torch.testing.assert_close(dlogprob.double(), exact, rtol=0.02, atol=0.01 * exact.abs().max().item())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_likely_target_keeps_its_relative_precision(triton, dtype):
+    """log p is -1e-12 there, and 1 - p is what the gradient is made of: neither is lost in the 1 that p is close to."""
+    call = likely((2.0, 8.0, 16.0, 28.0), dtype)
+    hidden, weight, target = call["hidden"].detach(), call["weight"].detach(), call["target"]
+    z = hidden.double() @ weight.double().T
+    others = z.scatter(1, target[:, None], -math.inf) - z.gather(1, target[:, None])
+    exact = -others.exp().sum(1).log1p()
+    p = torch.softmax(z, 1).scatter(1, target[:, None], 0.0)
+    exact_grad = p.sum(1, keepdim=True) * weight[target].double() - p @ weight.double()
+    terms = p.sum(1, keepdim=True) * weight[target].double().abs() + p @ weight.double().abs()
+    logprob, _, _, dlogprob, _ = triton.forward(hidden, weight, None, target, 1.0, False, True)
+    of_logits = 30 * torch.finfo(torch.float32).eps  # their error is the relative one of p
+    torch.testing.assert_close(logprob.double(), exact, rtol=of_logits, atol=0.0)
+    allowed = (3 * torch.finfo(dtype).eps + of_logits) * terms.amax(1)
+    assert ((dlogprob - exact_grad).abs().amax(1) <= allowed).all()
 
 
 def spaced(t):

@@ -2,9 +2,9 @@
 
 ``z = (hidden W^T + bias) / temperature`` of some rows and some classes is cut into tiles. A tile gives every row its
 largest logit (peak), the sum of ``exp(z - peak)`` (mass) and that of ``exp(z - peak) (z - peak)`` (moment), all three
-[tiles, rows]. The shares ``exp(z - peak)`` themselves, times ``SCALE``, are kept where a gradient follows, in rows of
-whole tiles, zero beyond the classes. Every offset that grows with the rows or the classes is an int64. The number of
-rows is not specialised on, so that it compiles nothing.
+[tiles, rows] and without the target, which comes last. The shares ``exp(z - peak)`` themselves, times ``SCALE``, are
+kept where a gradient follows, in rows of whole tiles, zero beyond the classes. Every offset that grows with the rows or
+the classes is an int64. The number of rows is not specialised on, so that it compiles nothing.
 """
 
 from __future__ import annotations
@@ -47,6 +47,21 @@ def _add_product(
     return total
 
 
+@triton.jit
+def _log1p(x):
+    """``log(1 + x)`` to the precision of a small x from 0 to 1."""
+    sum = 1.0 + x
+    return tl.where(sum == 1.0, x, tl.log(sum) * (x / (sum - 1.0)))
+
+
+@triton.jit
+def _expm1(x):
+    """``exp(x) - 1`` to the precision of a small x, which is not above rounding errors of 0."""
+    power = tl.exp(x)
+    small = tl.where(power == 1.0, x, (power - 1.0) * (x / tl.log(power)))
+    return tl.where(x < -0.5, power - 1.0, small)
+
+
 @triton.jit(do_not_specialize=["rows", "stride_tile"])
 def _linear_logprob_scores_kernel(
     hidden_ptr, weight_ptr, bias_ptr, target_ptr, peak_ptr, mass_ptr, moment_ptr, target_logit_ptr, share_ptr,
@@ -69,18 +84,19 @@ def _linear_logprob_scores_kernel(
         z, hidden_ptrs, weight_ptrs, row_mask[:, None], column_mask[None, :],
         K, BLOCK_K, BLOCK_K * stride_wk, EVEN_K, BLOCK_K,
     )  # fmt: skip
-    z = tl.where(column_mask[None, :], z * inverse_temperature, float("-inf"))
+    z *= inverse_temperature
 
     target = tl.load(target_ptr + row, mask=row_mask, other=-1) - first
     inside = row_mask & (target >= 0) & (target < tl.minimum(V - first, BLOCK_V))
     target_logit = tl.sum(tl.where(column[None, :] == target[:, None], z, 0.0), axis=1)
     tl.store(target_logit_ptr + row, target_logit, mask=inside)
 
+    z = tl.where(column_mask[None, :] & (column[None, :] != target[:, None]), z, float("-inf"))
     peak = tl.max(z, axis=1)
     part = tile.to(tl.int64) * stride_tile + row
     tl.store(peak_ptr + part, peak, mask=row_mask)
-    # In units of log 2, of which one can be held beside the shares without a spill. A tile that the bias switches off
-    # has no mass.
+    # In units of log 2, of which one can be held beside the shares without a spill. A tile without another class than
+    # the target has no mass.
     z = (z - tl.where(peak == float("-inf"), 0.0, peak)[:, None]) * _LOG2_E
     share = tl.exp2(z)
     if mass_ptr is not None:
@@ -115,29 +131,39 @@ def _linear_logprob_combine_kernel(
         tile = start + tl.arange(0, BLOCK_T).to(tl.int64)
         mask = (tile[:, None] < tiles) & row_mask[None, :]
         part = tile[:, None] * stride_tile + row[None, :]
-        below = tl.load(peak_ptr + part, mask=mask, other=float("-inf")) - peak[None, :]
-        weight = tl.where(below == float("-inf"), 0.0, tl.exp(below))
+        peaks = tl.load(peak_ptr + part, mask=mask, other=float("-inf"))
+        below = peaks - peak[None, :]
+        weight = tl.where(peaks == float("-inf"), 0.0, tl.exp(below))
         masses = tl.load(mass_ptr + part, mask=mask, other=0.0)
         mass += tl.sum(weight * masses, axis=0)
         if moment_ptr is not None:
             moments = tl.load(moment_ptr + part, mask=mask, other=0.0)
             spread -= tl.sum(tl.where(weight == 0.0, 0.0, weight * (moments + masses * below)), axis=0)
     target = tl.load(target_ptr + row, mask=row_mask, other=0)
-    log_mass = tl.where((target >= 0) & (target < V), tl.log(mass), float("nan"))
     target_logit = tl.load(target_logit_ptr + row, mask=row_mask, other=0.0)
-    tl.store(logprob_ptr + row, (target_logit - peak) - log_mass, mask=row_mask)
-    lse = peak + log_mass
+    log_mass = tl.log(mass)
+    odds = (peak - target_logit) + log_mass  # log of (1 - p) / p
+    odds = tl.where((target >= 0) & (target < V), odds, float("nan"))
+    both = _log1p(tl.exp(-tl.abs(odds)))
+    logprob = -(tl.maximum(odds, 0.0) + both)
+    top = tl.where(odds > 0.0, peak, target_logit)
+    above_top = tl.where(odds > 0.0, log_mass + both, both)
+    lse = top + above_top
+    tl.store(logprob_ptr + row, logprob, mask=row_mask)
     tl.store(lse_ptr + row, lse, mask=row_mask)
     if rest_ptr is not None:
-        tl.store(rest_ptr + row, log_mass - (lse - peak), mask=row_mask)
+        tl.store(rest_ptr + row, above_top - (lse - top), mask=row_mask)
     if moment_ptr is not None:
-        tl.store(entropy_ptr + row, log_mass + spread / mass, mask=row_mask)
+        above_peak = (top - peak) + above_top
+        others = tl.where(mass == 0.0, 0.0, tl.exp(-above_peak) * (mass * above_peak + spread))
+        of_target = tl.where(logprob == float("-inf"), 0.0, tl.exp(logprob) * logprob)
+        tl.store(entropy_ptr + row, others - of_target, mask=row_mask)
 
 
 @triton.jit(do_not_specialize=["rows", "stride_tile"])
 def _linear_logprob_dz_kernel(
-    dz_ptr, peak_ptr, lse_ptr, rest_ptr, target_ptr, target_logit_ptr, entropy_ptr, grad_logprob_ptr, grad_entropy_ptr,
-    rows, stride_dz, stride_tile, scale, factor, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
+    dz_ptr, peak_ptr, lse_ptr, rest_ptr, target_ptr, logprob_ptr, entropy_ptr, grad_logprob_ptr, grad_entropy_ptr, rows,
+    stride_dz, stride_tile, scale, factor, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """``dz = factor (grad_logprob ([v = target] - p) - grad_entropy p (log p + entropy))``.
 
@@ -147,30 +173,27 @@ def _linear_logprob_dz_kernel(
     row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
     column = tile * BLOCK_V + tl.arange(0, BLOCK_V).to(tl.int64)
     row_mask = row < rows
-    lse = tl.load(lse_ptr + row, mask=row_mask, other=0.0)
-    # What the target has is taken from its logit: 1 - p of a row that is nearly sure cancels.
-    target = tl.load(target_ptr + row, mask=row_mask, other=-1)
-    target_log_p = tl.load(target_logit_ptr + row, mask=row_mask, other=0.0) - lse
     shift = tl.zeros([BLOCK_M], tl.float32)
     if peak_ptr is not None:
-        shift = tl.load(peak_ptr + tile.to(tl.int64) * stride_tile + row, mask=row_mask, other=0.0) - lse
-    if rest_ptr is not None:
-        rest = tl.load(rest_ptr + row, mask=row_mask, other=0.0)
-        target_log_p -= rest
-        if peak_ptr is not None:
-            shift -= rest
+        peak = tl.load(peak_ptr + tile.to(tl.int64) * stride_tile + row, mask=row_mask, other=0.0)
+        shift = peak - tl.load(lse_ptr + row, mask=row_mask, other=0.0)
+        if rest_ptr is not None:
+            shift -= tl.load(rest_ptr + row, mask=row_mask, other=0.0)
+    target = tl.load(target_ptr + row, mask=row_mask, other=-1)
+    logprob = tl.load(logprob_ptr + row, mask=row_mask, other=0.0)
     hit = column[None, :] == target[:, None]
     dz_ptrs = dz_ptr + row[:, None] * stride_dz + column[None, :]
     share = tl.load(dz_ptrs, mask=row_mask[:, None], other=0.0).to(tl.float32) * scale  # [BLOCK_M, BLOCK_V]
-    p = tl.where(hit, tl.exp(target_log_p)[:, None], share * tl.exp(shift)[:, None])
+    p = share * tl.exp(shift)[:, None]
     dz = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     if grad_logprob_ptr is not None:
         grad = tl.load(grad_logprob_ptr + row, mask=row_mask, other=0.0)
-        dz += grad[:, None] * (tl.where(hit, 1.0, 0.0) - p)
+        dz += grad[:, None] * tl.where(hit, -_expm1(logprob)[:, None], -p)
     if grad_entropy_ptr is not None:
         grad = tl.load(grad_entropy_ptr + row, mask=row_mask, other=0.0)
         entropy = tl.load(entropy_ptr + row, mask=row_mask, other=0.0)
-        log_p = tl.where(hit, target_log_p[:, None], tl.log(share) + shift[:, None])
+        p = tl.where(hit, tl.exp(logprob)[:, None], p)
+        log_p = tl.where(hit, logprob[:, None], tl.log(share) + shift[:, None])
         dz -= grad[:, None] * tl.where(p == 0.0, 0.0, p * (log_p + entropy[:, None]))
     tl.store(dz_ptrs, (dz * factor).to(dz_ptr.dtype.element_ty), mask=row_mask[:, None])
 

@@ -60,9 +60,9 @@ def _forward(hidden, weight, bias, target, temperature, entropy, keep, results, 
     for part in _parts(rows, piece):
         dz = memory[: part.stop - part.start] if keep else None
         logits = Logits(target[part], target_logit, *tiles[:2], tiles[2] if entropy else None, dz, config)
-        of_rows = lse[part], rest, h[part] if entropy else None
+        of_rows = logprob[part], lse[part], rest, h[part] if entropy else None
         yield logits.scores(hidden[part], weight, bias, temperature)
-        yield logits.combine(classes, logprob[part], *of_rows)
+        yield logits.combine(classes, *of_rows)
         if keep:
             yield logits.dz(*of_rows, ones, None, temperature)
             torch.mm(dz[:, :classes], weight, out=dlogprob[part])
@@ -79,11 +79,11 @@ def plan_backward(
     dhidden = hidden.new_empty(rows if need[0] else 0, features)
     dweight = hidden.new_empty(classes if need[1] else 0, features)
     results = dhidden, dweight, hidden.new_empty(classes if need[2] else 0)
-    of_rows = lse, entropy, grad_logprob, grad_entropy
-    return _backward(hidden, weight, bias, target, of_rows, temperature, need, results, capability), results
+    others = entropy, grad_logprob, grad_entropy
+    return _backward(hidden, weight, bias, target, lse, others, temperature, need, results, capability), results
 
 
-def _backward(hidden, weight, bias, target, of_rows, temperature, need, results, capability) -> Iterator[Launch]:
+def _backward(hidden, weight, bias, target, lse, others, temperature, need, results, capability) -> Iterator[Launch]:
     need_hidden, need_weight, need_bias = need
     dhidden, dweight, dbias = results
     (rows, features), classes, itemsize = hidden.shape, weight.shape[0], hidden.element_size()
@@ -98,14 +98,14 @@ def _backward(hidden, weight, bias, target, of_rows, temperature, need, results,
     dbias_sum = torch.zeros_like(dbias, dtype=torch.float32)
     for part in _parts(rows, piece):
         count, x = part.stop - part.start, hidden[part]
-        lse, *others = (t[part].contiguous() if t.numel() else None for t in of_rows)
+        h, *grads = (t[part].contiguous() if t.numel() else None for t in others)
         total.zero_()
         for span in _parts(classes, width):
             w, b, columns = weight[span], None if bias is None else bias[span], padded(span.stop - span.start, config)
             dz = memory[: count * columns].view(count, columns)
             logits = Logits(target[part] - span.start, target_logit, peaks, None, None, dz, config)
             yield logits.scores(x, w, b, temperature)
-            yield logits.dz(lse, None, *others, temperature)
+            yield logits.dz(target_logit[:count] - lse[part], lse[part], None, h, *grads, temperature)
             dz = dz[:, : len(w)]
             if in_parts:
                 yield _accumulate(dz, w, total, config)
@@ -146,7 +146,8 @@ class Logits:
         """Computes the logits and what is kept of them."""
         blocks, hidden, (classes, features) = self.config.scores, unit_stride(hidden), weight.shape
         args = {"hidden_ptr": hidden, "weight_ptr": weight, "bias_ptr": bias, **self._args()}
-        args |= {"mass_ptr": self.masses, "moment_ptr": self.moments, "V": classes, "K": features}
+        args |= {"mass_ptr": self.masses, "moment_ptr": self.moments, "target_logit_ptr": self.target_logit}
+        args |= {"V": classes, "K": features}
         args |= {"stride_hidden": hidden.stride(0), "stride_wv": weight.stride(0), "stride_wk": weight.stride(1)}
         args |= {"share_ptr": self.shares, "stride_share": 0 if self.shares is None else self.shares.stride(0)}
         args |= {"inverse_temperature": 1 / temperature, "EVEN_K": features % blocks.inner == 0, "GROUP_M": GROUP_M}
@@ -157,20 +158,36 @@ class Logits:
     def combine(self, classes: int, logprob: Tensor, lse: Tensor, rest, entropy) -> Launch:
         """Computes the results of the rows, if these are all classes; ``rest`` and ``entropy`` may be None."""
         blocks = self.config.combine
-        args = {"mass_ptr": self.masses, "moment_ptr": self.moments, **self._args()}
+        args = {
+            "mass_ptr": self.masses,
+            "moment_ptr": self.moments,
+            "target_logit_ptr": self.target_logit,
+            **self._args(),
+        }
         args |= {"logprob_ptr": logprob, "lse_ptr": lse, "rest_ptr": rest, "entropy_ptr": entropy}
         args |= {"V": classes, "tiles": len(self.peaks), "BLOCK_M": blocks.rows, "BLOCK_T": blocks.columns}
         grid = (cdiv(len(self.target), blocks.rows),)
         return Launch("combine", kernels._linear_logprob_combine_kernel, grid, args, blocks.options)
 
     def dz(
-        self, lse: Tensor, rest, entropy, grad_logprob, grad_entropy, temperature: float, after_logprob: bool = False
+        self,
+        logprob: Tensor,
+        lse: Tensor,
+        rest,
+        entropy,
+        grad_logprob,
+        grad_entropy,
+        temperature: float,
+        after_logprob: bool = False,
     ) -> Launch:
-        """Makes ``dz / temperature`` of the shares, or of the dz that 1 as grad_logprob has made of them."""
+        """Makes ``dz / temperature`` of the shares, or of the dz that 1 as grad_logprob has made of them.
+
+        ``logprob`` matters in rows whose target is one of the classes.
+        """
         blocks, (rows, columns) = self.config.dz, self.shares.shape
         args = {**self._args(), "dz_ptr": self.shares, "stride_dz": self.shares.stride(0), "factor": 1 / temperature}
         args |= {"peak_ptr": None, "scale": -temperature} if after_logprob else {"scale": 1 / SCALE}
-        args |= {"lse_ptr": lse, "rest_ptr": rest, "entropy_ptr": entropy}
+        args |= {"logprob_ptr": logprob, "lse_ptr": lse, "rest_ptr": rest, "entropy_ptr": entropy}
         args |= {"grad_logprob_ptr": grad_logprob, "grad_entropy_ptr": grad_entropy}
         args |= {"BLOCK_M": blocks.rows, "BLOCK_V": blocks.columns}
         grid = (cdiv(columns, blocks.columns), cdiv(rows, blocks.rows))
@@ -178,7 +195,7 @@ class Logits:
         return Launch(name, kernels._linear_logprob_dz_kernel, grid, args, blocks.options)
 
     def _args(self) -> dict:
-        args = {"target_ptr": self.target.contiguous(), "target_logit_ptr": self.target_logit, "peak_ptr": self.peaks}
+        args = {"target_ptr": self.target.contiguous(), "peak_ptr": self.peaks}
         return args | {"rows": len(self.target), "stride_tile": self.peaks.stride(0)}
 
 

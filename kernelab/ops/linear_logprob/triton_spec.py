@@ -80,11 +80,11 @@ def triton_bytes(arguments: dict, entropy: bool) -> tuple[int, int]:
         operands = size * (m * d * tiles + v * row_blocks * (d + (bias is not None)))
         return operands + 8 * m * tiles + 4 * m + 4 * reductions * m * tiles + size * m * padded(v, config) * shares
 
-    def dz(extra: int) -> int:  # numbers of a row beside lse, target and its logit
-        return 2 * size * m * padded(v, config) + m * tiles * (4 + 8 + 4 + 4 * extra)
+    def dz(others: int) -> int:  # numbers of a row beside the target
+        return 2 * size * m * padded(v, config) + m * tiles * (8 + 4 * others)
 
     combine = 4 * m * tiles * (3 + entropy) + m * (8 + 4 + 8 + 4 * entropy + 4 * keep)
-    forward = scores(2 + entropy, keep) + combine + (dz(3) if keep else 0) + (dz(3) if keep and entropy else 0)
+    forward = scores(2 + entropy, keep) + combine + (dz(5) if keep else 0) + (dz(3) if keep and entropy else 0)
     if keep or not (hidden.requires_grad or train_head):
         return forward, 0
-    return forward, scores(1, True) + dz(4 if entropy else 2)
+    return forward, scores(1, True) + dz(6 if entropy else 4)

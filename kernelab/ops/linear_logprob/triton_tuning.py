@@ -34,19 +34,19 @@ def configuration(classes: int, features: int, dtype: torch.dtype, capability: i
     fast = dtype.itemsize == 2 and features % 16 == 0  # tensor cores and asynchronous copies
     amd, datacenter = capability == 0, capability in (90, 100, 103)
     if not fast:
-        scores = accumulate = Blocks(64, 128, 32, 8, 3)
+        scores = Blocks(64, 128, 32, 8, 3)
     elif datacenter:
-        scores = Blocks(128, 256, 64, 8, 3)
-        # a wider sum that comes from memory does not fit into the registers beside tensor memory
-        accumulate = scores if capability == 90 else scores._replace(columns=128)
+        # what follows the loop of scores spills where 256 columns come from tensor memory
+        scores = Blocks(128, 256 if capability == 90 else 128, 64, 8, 3)
     else:
-        scores = accumulate = Blocks(128, 128, 32, 8, 2 if amd else 3)
+        scores = Blocks(128, 128, 32, 8, 2 if amd else 3)
+    accumulate = scores._replace(columns=min(scores.columns, power_of_two(features)))
     scores = scores._replace(columns=min(scores.columns, power_of_two(classes)))
     return Configuration(
         scores=scores,
         combine=Blocks(16, 64, 0, 8, 1),
         dz=Blocks(4096 // scores.columns, scores.columns, 0, 4, 1),
-        accumulate=accumulate._replace(columns=min(accumulate.columns, power_of_two(features))),
+        accumulate=accumulate,
     )
 
 
