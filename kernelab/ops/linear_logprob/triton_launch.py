@@ -60,14 +60,15 @@ def _forward(hidden, weight, bias, target, temperature, entropy, keep, results, 
     for part in _parts(rows, piece):
         dz = memory[: part.stop - part.start] if keep else None
         logits = Logits(target[part], target_logit, *tiles[:2], tiles[2] if entropy else None, dz, config)
-        of_rows = logprob[part], lse[part], rest, h[part] if entropy else None
+        of_rows = {"logprob_ptr": logprob[part], "lse_ptr": lse[part], "rest_ptr": rest}
+        of_rows["entropy_ptr"] = h[part] if entropy else None
         yield logits.scores(hidden[part], weight, bias, temperature)
-        yield logits.combine(classes, *of_rows)
+        yield logits.combine(classes, of_rows)
         if keep:
-            yield logits.dz(*of_rows, ones, None, temperature)
+            yield logits.dz(of_rows, ones, None, temperature)
             torch.mm(dz[:, :classes], weight, out=dlogprob[part])
         if keep and entropy:
-            yield logits.dz(*of_rows, None, ones, temperature, after_logprob=True)
+            yield logits.dz(of_rows, None, ones, temperature, after_logprob=True)
             torch.mm(dz[:, :classes], weight, out=dentropy[part])
 
 
@@ -105,7 +106,8 @@ def _backward(hidden, weight, bias, target, lse, others, temperature, need, resu
             dz = memory[: count * columns].view(count, columns)
             logits = Logits(target[part] - span.start, target_logit, peaks, None, None, dz, config)
             yield logits.scores(x, w, b, temperature)
-            yield logits.dz(target_logit[:count] - lse[part], lse[part], None, h, *grads, temperature)
+            of_rows = {"logprob_ptr": target_logit[:count] - lse[part], "lse_ptr": lse[part], "rest_ptr": None}
+            yield logits.dz({**of_rows, "entropy_ptr": h}, *grads, temperature)
             dz = dz[:, : len(w)]
             if in_parts:
                 yield _accumulate(dz, w, total, config)
@@ -155,40 +157,26 @@ class Logits:
         grid = (cdiv(len(hidden), blocks.rows) * cdiv(classes, blocks.columns),)
         return Launch("scores", kernels._linear_logprob_scores_kernel, grid, args, blocks.options)
 
-    def combine(self, classes: int, logprob: Tensor, lse: Tensor, rest, entropy) -> Launch:
-        """Computes the results of the rows, if these are all classes; ``rest`` and ``entropy`` may be None."""
+    def combine(self, classes: int, of_rows: dict[str, Tensor | None]) -> Launch:
+        """Computes what is wanted of the rows, if these are all classes."""
         blocks = self.config.combine
-        args = {
-            "mass_ptr": self.masses,
-            "moment_ptr": self.moments,
-            "target_logit_ptr": self.target_logit,
-            **self._args(),
-        }
-        args |= {"logprob_ptr": logprob, "lse_ptr": lse, "rest_ptr": rest, "entropy_ptr": entropy}
-        args |= {"V": classes, "tiles": len(self.peaks), "BLOCK_M": blocks.rows, "BLOCK_T": blocks.columns}
+        args = {"mass_ptr": self.masses, "moment_ptr": self.moments, "target_logit_ptr": self.target_logit}
+        args |= {**self._args(), **of_rows, "V": classes, "tiles": len(self.peaks)}
+        args |= {"BLOCK_M": blocks.rows, "BLOCK_T": blocks.columns}
         grid = (cdiv(len(self.target), blocks.rows),)
         return Launch("combine", kernels._linear_logprob_combine_kernel, grid, args, blocks.options)
 
     def dz(
-        self,
-        logprob: Tensor,
-        lse: Tensor,
-        rest,
-        entropy,
-        grad_logprob,
-        grad_entropy,
-        temperature: float,
-        after_logprob: bool = False,
+        self, of_rows: dict[str, Tensor | None], grad_logprob, grad_entropy, temperature: float, after_logprob=False
     ) -> Launch:
         """Makes ``dz / temperature`` of the shares, or of the dz that 1 as grad_logprob has made of them.
 
-        ``logprob`` matters in rows whose target is one of the classes.
+        The log-probability matters in rows whose target is one of the classes. A cotangent may be None.
         """
         blocks, (rows, columns) = self.config.dz, self.shares.shape
         args = {**self._args(), "dz_ptr": self.shares, "stride_dz": self.shares.stride(0), "factor": 1 / temperature}
         args |= {"peak_ptr": None, "scale": -temperature} if after_logprob else {"scale": 1 / SCALE}
-        args |= {"logprob_ptr": logprob, "lse_ptr": lse, "rest_ptr": rest, "entropy_ptr": entropy}
-        args |= {"grad_logprob_ptr": grad_logprob, "grad_entropy_ptr": grad_entropy}
+        args |= {**of_rows, "grad_logprob_ptr": grad_logprob, "grad_entropy_ptr": grad_entropy}
         args |= {"BLOCK_M": blocks.rows, "BLOCK_V": blocks.columns}
         grid = (cdiv(columns, blocks.columns), cdiv(rows, blocks.rows))
         name = "dz of entropy" if after_logprob else "dz"
