@@ -10,6 +10,7 @@ import torch
 
 from kernelab.papers.hydra_rlhf.config import Config
 from kernelab.papers.hydra_rlhf.evaluate import evaluate, token_f1
+from kernelab.papers.hydra_rlhf.model import mixed_precision
 from kernelab.papers.hydra_rlhf.optimise import PPO, Descent, TrainingDiverged, check_finite
 from kernelab.papers.hydra_rlhf.reward import RewardFunction
 from kernelab.papers.hydra_rlhf.roles import METHODS, Scores
@@ -290,3 +291,28 @@ def test_a_function_that_gives_no_rewards_is_named(sequences, monkeypatch, funct
     assert message in str(error.value)
     with pytest.raises(ValueError, match="user_module:other"):
         reward_function(function, monkeypatch, name="other")
+
+
+def test_mixed_precision_sees_what_an_optimizer_writes():
+    layer, x = torch.nn.Linear(4, 4), torch.randn(2, 4)
+    with mixed_precision(Config(dtype="bfloat16"), x.device):
+        before = layer(x)
+        with torch.no_grad():
+            layer.weight.add_(1)
+        after = layer(x)
+    assert before.dtype == torch.bfloat16
+    torch.testing.assert_close(after, before + x.sum(1, keepdim=True), check_dtype=False, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("trunk", [llama], indirect=True)
+@pytest.mark.parametrize("method", METHODS)
+def test_recomputed_activations_change_no_bit(trunk, head, sequences, method):
+    batch = stack(sequences, sequences)
+    moved = []
+    for recomputing in (False, True):
+        ppo = ppo_of(trunk, head, method)
+        ppo.roles.recomputing = recomputing
+        torch.manual_seed(5)
+        moved.append([ppo.update(batch, ppo.score(batch)), list(ppo.roles.parameters())])
+    assert moved[0][0] == moved[1][0]
+    assert all(map(torch.equal, moved[0][1], moved[1][1]))

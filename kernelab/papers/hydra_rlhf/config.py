@@ -50,6 +50,9 @@ class Config:
     the losses are scaled (torch.amp.GradScaler)."""
     gradient_checkpointing: bool = False
     """Keep only each layer's input for backward, and compute the layer again there."""
+    recompute_activations: bool = True
+    """In PPO compute norms, activations and products of activations again in backward, where LoRA layers would keep
+    them; the numbers are the same to the last bit."""
 
     sft_steps: int = 420
     """Of Hydra-SFT, or of the supervised fine-tuning that a separate reward model begins from."""

@@ -24,6 +24,15 @@ if TYPE_CHECKING:
 REWARD_HEAD = "reward_head.safetensors"
 
 
+def mixed_precision(config: Config, device: torch.device) -> torch.autocast:
+    """Autocast to the config's dtype.
+
+    Its cache stays off: until the block ends it would give the 16-bit copies of weights that an optimizer has moved.
+    """
+    dtype = getattr(torch, config.dtype)
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False)
+
+
 def small_llama(config: Config, encoder: Encoder) -> PreTrainedModel:
     """An untrained Llama of the config's size, with tied embeddings."""
     from transformers import LlamaConfig, LlamaForCausalLM

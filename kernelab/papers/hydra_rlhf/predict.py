@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrain
 from kernelab._core.errors import bad_value
 from kernelab._core.ledger import Ledger
 from kernelab.papers.hydra_rlhf.config import Config
-from kernelab.papers.hydra_rlhf.model import new_reward_head, small_llama
+from kernelab.papers.hydra_rlhf.model import mixed_precision, new_reward_head, small_llama
 from kernelab.papers.hydra_rlhf.optimise import PPO
 from kernelab.papers.hydra_rlhf.roles import METHODS, Roles
 from kernelab.papers.hydra_rlhf.sft import Supervision
@@ -69,9 +69,8 @@ def predict(config: Config) -> Plan:
     (['answer', 'score', 'update'], True)
     """
     method = METHODS[config.method]
-    dtype = getattr(torch, config.dtype)
     stages = {"hydra_sft": config.sft_steps} if method.joint else {"sft": config.sft_steps, "rm": config.rm_steps}
-    precision = torch.autocast("cpu", dtype, enabled=dtype != torch.float32, cache_enabled=False)
+    precision = mixed_precision(config, torch.device("cpu"))
     with torch.random.fork_rng(devices=[]), _Sizes(), precision, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # deepcopy asks for it
         sizes = model_sizes(config)

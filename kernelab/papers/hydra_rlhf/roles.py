@@ -15,7 +15,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kernelab._core.errors import KernelabError
-from kernelab.lora import LoRAConfig, adapter_parameters, inject, role, save_adapter, streams
+from kernelab.lora import (
+    LoRAConfig,
+    adapter_parameters,
+    inject,
+    recompute_activations,
+    role,
+    save_adapter,
+    streams,
+)
 from kernelab.papers.hydra_rlhf.config import Config
 from kernelab.papers.hydra_rlhf.model import before_answers, digest, hidden_states, linear_layers, rewards
 from kernelab.papers.hydra_rlhf.ppo import token_logprobs
@@ -155,7 +163,7 @@ class Roles(nn.Module):
         self.title = method.title
         self.temperature = config.temperature
         self.detached = config.detach_value and method.actor == method.critic
-        self.checkpointing = config.gradient_checkpointing
+        self.checkpointing, self.recomputing = config.gradient_checkpointing, config.recompute_activations
         self.reward_function = reward_function
         self.players = method.players()
         if reward_function is not None:
@@ -198,7 +206,8 @@ class Roles(nn.Module):
         """The two roles that train."""
         self.train(self.checkpointing)  # the mode in which transformers checkpoints its layers
         try:
-            found = self._play(sequences, "actor", "critic")
+            with recompute_activations() if self.recomputing else nullcontext():
+                found = self._play(sequences, "actor", "critic")
         finally:
             self.eval()
         return Outputs(*found["actor"], found["critic"])

@@ -16,7 +16,7 @@ from kernelab.experiment.run import Run
 from kernelab.papers.hydra_rlhf.config import Config
 from kernelab.papers.hydra_rlhf.cost import compare
 from kernelab.papers.hydra_rlhf.evaluate import Evaluation, evaluate, ranking, token_f1s
-from kernelab.papers.hydra_rlhf.model import save_hydra
+from kernelab.papers.hydra_rlhf.model import mixed_precision, save_hydra
 from kernelab.papers.hydra_rlhf.optimise import PPO, check_finite
 from kernelab.papers.hydra_rlhf.report import Result, report
 from kernelab.papers.hydra_rlhf.roles import Roles, chosen_methods, make_roles
@@ -32,12 +32,11 @@ def train(config: Config, run: Run) -> dict[str, Any]:
     task = prepare(config)
     methods = chosen_methods(config)
     kinds = sorted({method.joint for method in methods.values()})
-    dtype = getattr(torch, config.dtype)
     starts: dict[bool, Task] = {}
     ranked: dict[bool, Tensor | None] = {}
     before: dict[bool, Evaluation] = {}
     results: list[Result] = []
-    with torch.autocast(task.lm.device.type, dtype, enabled=dtype != torch.float32):
+    with mixed_precision(config, task.lm.device):
         for joint in kinds:
             starts[joint], ranked[joint] = begin(config, run, task.copied() if len(kinds) > 1 else task, joint=joint)
         costs = compare(config, run, starts[kinds[-1]])
