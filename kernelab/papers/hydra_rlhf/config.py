@@ -48,6 +48,8 @@ class Config:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the frozen trunks in PPO, and of autocast where whole models train, whose weights stay float32. With float16
     the losses are scaled (torch.amp.GradScaler)."""
+    load_in_4bit: bool = False
+    """Hold the linear layers of trunks that do not train in 4 bits (NF4, bitsandbytes) in PPO."""
     gradient_checkpointing: bool = False
     """Keep only each layer's input for backward, and compute the layer again there."""
     recompute_activations: bool = True
@@ -160,17 +162,17 @@ class Config:
 PRESETS = {
     "demo": Config(),
     "small": Config(
-        vocab_size=4096,
-        hidden_size=256,
+        vocab_size=3072,
+        hidden_size=192,
         num_hidden_layers=4,
-        prompt_length=128,
+        prompt_length=96,
         response_length=24,
-        sft_steps=800,
-        rm_steps=400,
-        ppo_steps=100,
+        sft_steps=400,
+        rm_steps=120,
+        ppo_steps=60,
         method="all",
         cost_methods=("sft", "ppo", "lora", "dynamic", "j_hydra", "hydra"),
-        cost_memory=100_000_000,
+        cost_memory=60_000_000,
     ),
     "paper": Config(
         model="meta-llama/Llama-2-7b-hf",
