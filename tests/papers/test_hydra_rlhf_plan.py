@@ -149,6 +149,8 @@ def test_a_model_by_path_and_one_that_is_not_there(tmp_path):
         predict(settings(model=str(tmp_path / "t5")))
     with pytest.raises(ValueError, match="llama-7b"):
         predict(settings(model="llama-7"))
+    with pytest.raises(ValueError, match="'load_in_4bit'"):
+        predict(settings(load_in_4bit=True))
 
 
 def test_seven_billion_parameters_take_no_memory_here():

@@ -7,17 +7,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
 
 from kernelab.papers.hydra_rlhf.config import Config
 from kernelab.papers.hydra_rlhf.evaluate import evaluate, token_f1
-from kernelab.papers.hydra_rlhf.model import mixed_precision
+from kernelab.papers.hydra_rlhf.model import mixed_precision, quantize
 from kernelab.papers.hydra_rlhf.optimise import PPO, Descent, TrainingDiverged, check_finite
 from kernelab.papers.hydra_rlhf.reward import RewardFunction
 from kernelab.papers.hydra_rlhf.roles import METHODS, Scores
 from kernelab.papers.hydra_rlhf.rollout import sample_answers
 from kernelab.papers.hydra_rlhf.task import Questions
 from kernelab.papers.hydra_rlhf.tokens import stack
-from tests.papers.hydra_models import TEMPERATURE, B, P, R, V, dense, llama, make
+from tests.papers.hydra_models import TEMPERATURE, B, P, R, V, dense, gpt2, llama, make, new
 
 
 def ppo_of(trunk, head, method="hydra", **settings):
@@ -316,3 +318,45 @@ def test_recomputed_activations_change_no_bit(trunk, head, sequences, method):
         moved.append([ppo.update(batch, ppo.score(batch)), list(ppo.roles.parameters())])
     assert moved[0][0] == moved[1][0]
     assert all(map(torch.equal, moved[0][1], moved[1][1]))
+
+
+@pytest.mark.parametrize("trunk", [llama], indirect=True)
+@pytest.mark.parametrize("method", ["lora", "dynamic", "j_hydra", "hydra"])
+def test_trunks_in_4_bits_score_alike_before_and_after_an_update(trunk, head, sequences, method):
+    trunk, head = trunk.float(), head.float()
+    quantize(trunk)
+    plain = llama().eval()
+    for name, layer in trunk.named_modules():
+        if isinstance(layer, Linear4bit):
+            values = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+            plain.get_submodule(name).weight.data = values.float()
+    others = {key: value for key, value in trunk.state_dict().items() if "proj" not in key}
+    plain.load_state_dict(others, strict=False)
+    batch = stack(sequences, sequences)
+    ppo = ppo_of(trunk, head, method)
+    expected = make(method, plain, head).score(batch)
+    before = ppo.score(batch)
+    for name, column in vars(before).items():
+        torch.testing.assert_close(column, getattr(expected, name), rtol=1e-4, atol=1e-4)
+    digest = ppo.roles.base_digest()
+    assert ppo.update(batch, before)["ratio_error"] < 1e-6
+    after = ppo.score(batch)
+    assert torch.equal(after.reference, before.reference)
+    assert torch.equal(after.reward, before.reward)
+    assert not torch.equal(after.logprob, before.logprob)
+    assert ppo.roles.base_digest() == digest
+
+
+@pytest.mark.parametrize(("method", "packed"), [("ppo", 2), ("lora", 4), ("dynamic", 2), ("j_hydra", 1), ("hydra", 1)])
+@pytest.mark.parametrize("trunk", [llama], indirect=True)
+def test_4_bits_are_for_trunks_that_do_not_train(trunk, head, method, packed):
+    roles = new(method, trunk.float(), head.float(), load_in_4bit=True)
+    trunks = [lm for lm in roles.trunks.values() if any(isinstance(layer, Linear4bit) for layer in lm.modules())]
+    assert len(trunks) == packed
+    assert roles.players["actor"].adapter or roles.trunks["actor"] not in trunks
+
+
+@pytest.mark.parametrize("trunk", [gpt2], indirect=True)
+def test_conv1d_layers_in_4_bits_are_refused(trunk, head):
+    with pytest.raises(ValueError, match=r"load_in_4bit.*Conv1D"):
+        new("hydra", trunk.float(), head.float(), load_in_4bit=True)

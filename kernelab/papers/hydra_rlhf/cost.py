@@ -153,7 +153,9 @@ def live_memory(trainer: PPO | Supervision, batch: Prompts | Pairs) -> tuple[int
     optimizer_state = chain.from_iterable(state.values() for each in optimizers for state in each.state.values())
     trainer.descent.zero_grad()
     with LiveBytes() as live:
-        live.track(chain(model.parameters(), model.buffers(), filter(torch.is_tensor, optimizer_state)))
+        # state_dict has what belongs to 4-bit weights, buffers what state_dict leaves out
+        held = chain(model.state_dict().values(), model.buffers(), optimizer_state)
+        live.track(filter(torch.is_tensor, held))
         states = live.current
         step(trainer, batch, live.phase)
     return states, live.phases

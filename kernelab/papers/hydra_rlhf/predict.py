@@ -64,10 +64,15 @@ def predict(config: Config) -> Plan:
     Bytes of tensors, as :class:`~kernelab._core.memory.LiveBytes` counts them on a CPU: what an allocator rounds up, or
     a GPU's libraries take for themselves, comes on top.
 
+    Raises:
+        ValueError: the config is for 4-bit layers, which cannot be made without their bytes; or its model is not known.
+
     >>> plan = predict(Config(method="lora", sft_steps=0, rm_steps=0))
     >>> list(plan.totals), plan.peak > plan.states
     (['answer', 'score', 'update'], True)
     """
+    if config.load_in_4bit:
+        raise bad_value("hydra-rlhf", "load_in_4bit", "False: no 4-bit layer is made without its bytes", True)
     method = METHODS[config.method]
     stages = {"hydra_sft": config.sft_steps} if method.joint else {"sft": config.sft_steps, "rm": config.rm_steps}
     precision = mixed_precision(config, torch.device("cpu"))

@@ -25,7 +25,7 @@ from kernelab.lora import (
     streams,
 )
 from kernelab.papers.hydra_rlhf.config import Config
-from kernelab.papers.hydra_rlhf.model import before_answers, digest, hidden_states, linear_layers, rewards
+from kernelab.papers.hydra_rlhf.model import before_answers, digest, hidden_states, linear_layers, quantize, rewards
 from kernelab.papers.hydra_rlhf.ppo import token_logprobs
 from kernelab.papers.hydra_rlhf.tokens import Sequences
 
@@ -172,7 +172,10 @@ class Roles(nn.Module):
         self.value_head = copy.deepcopy(head).requires_grad_(True)
         self.trunks = nn.ModuleDict(self._copies(lm, reward_lm or lm))
         targets = config.target_modules or linear_layers(lm)
+        whole = {player.trunk for player in (method.actor, method.critic) if player.adapter is None}
         for trunk, model in self.trunks.items():
+            if config.load_in_4bit and trunk not in whole:
+                quantize(model)
             names = self._adapters_of(trunk)
             if names:
                 adapter = LoRAConfig(r=config.lora_r, alpha=config.lora_alpha)
