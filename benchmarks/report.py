@@ -49,6 +49,10 @@ TARGETS = (
     Target((*_SAVED, "dropout-0.05", "bfloat16"), "kernelab", "peft", -1, 0.35, "saved_bytes"),
     Target((*_DECODER, "float32"), "kernelab-recompute", "peft", -1, 0.65, "saved_bytes"),
     Target((*_DECODER, "bfloat16"), "kernelab-recompute", "peft", -1, 0.65, "saved_bytes"),
+    Target(("ppo_step", "update", "demo", "float32"), "kernelab", "trl-checkpointing", -1, 0.6),
+    Target(("ppo_step", "update", "demo", "float32"), "kernelab", "trl-checkpointing", -1, 0.5, "peak_bytes"),
+    Target(("ppo_step", "update", "demo", "float32"), "kernelab", "trl", -1, 0.6),
+    Target(("ppo_step", "update", "demo", "float32"), "kernelab", "trl", -1, 0.5, "peak_bytes"),
     Target(("scoring", "forward", "demo", "float32"), "peft", "kernelab.streams", 1, 1.3),
     Target(("switch", "forward", "deep", "float32"), "kernelab.streams", "peft", -1, 0.2),
 )
