@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -128,6 +129,10 @@ def test_a_killed_run_resumes_to_the_same_numbers(finished, tmp_path, data, phas
     folder = tmp_path / "run"
     kill_at(folder, phase, step, arguments(folder, data))
     assert main(["run", "hydra-rlhf", "--out", str(folder), "--resume"]) == 0
+    check_same(folder, finished)
+
+
+def check_same(folder: Path, finished: Path) -> None:
     assert records(folder) == records(finished)
     mine, whole = (method_summary(place, "hydra") for place in (folder, finished))
     assert mine == whole
@@ -136,6 +141,25 @@ def test_a_killed_run_resumes_to_the_same_numbers(finished, tmp_path, data, phas
         weights = [load_file(path) for path in adapters]
         assert weights[0].keys() == weights[1].keys()
         assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments_cost_nothing(finished, tmp_path, data):
+    moments, kills, runs = random.Random(0), 0, 0
+    while kills < 20:
+        folder = tmp_path / str(runs)
+        resume = ["run", "hydra-rlhf", "--out", str(folder), "--resume"]
+        given = resume if (folder / "config.json").exists() else arguments(folder, data)
+        with subprocess.Popen([sys.executable, "-m", "kernelab", *given], stdout=subprocess.DEVNULL) as process:
+            try:
+                assert process.wait(moments.uniform(3, 9)) == 0
+            except subprocess.TimeoutExpired:
+                process.kill()
+                kills += 1
+                continue
+        check_same(folder, finished)
+        runs += 1
+    assert runs
 
 
 ALL = "--method all --ppo-steps 2 --rm-steps 4 --normalize-rewards --num-ppo-epochs 2 --target-kl 0.05"
