@@ -129,11 +129,12 @@ def backward(hidden, weight, bias, target, lse, entropy, grad_logprob, grad_entr
     dhidden = hidden.new_empty(rows if need_hidden else 0, features)
     dweight = weight.new_zeros(classes if need_weight else 0, features)
     dbias = lse.new_zeros(classes if need_bias else 0)
-    gradient = _gradient_native if _native_can(weight) else _gradient_torch
+    fast = _native_can(weight)
+    gradient, share = (_gradient_native, 1) if fast else (_gradient_torch, 4)  # torch makes more tensors of a tile
     for part in _blocks(0, rows, max(64, min(4096, PART_ELEMENTS // max(features, 1)))):
         per_row = target[part], lse[part], entropy[part], grad_logprob[part], grad_entropy[part]
         dx = lse.new_zeros(part.stop - part.start if need_hidden else 0, features)
-        for tile in _blocks(0, classes, max(SIDE, GRADIENT_ELEMENTS // (part.stop - part.start))):
+        for tile in _blocks(0, classes, max(SIDE // share, GRADIENT_ELEMENTS // share // (part.stop - part.start))):
             dz = gradient(hidden[part], weight, bias, *per_row, temperature, tile)  # [rows, classes]
             if need_hidden:
                 _add_product(dx, dz, weight[tile].to(dz.dtype))
@@ -163,13 +164,17 @@ def _gradient_torch(
     """``g ([v = t] - p_v) - g_H p_v (log p_v + H)``, over the temperature."""
     log_p, _ = _tile(hidden.to(lse.dtype), weight, bias, tile, temperature)
     log_p.sub_(_rows(lse))
+    inside, column = _targets(target, tile)
+    own = log_p.gather(1, column)  # [rows, 1]
     p = log_p.exp()
     slope = -_rows(grad_logprob)
     if grad_entropy.numel() > 0:
         slope = slope - _rows(grad_entropy) * log_p.clamp_(min=NEVER).add_(_rows(entropy))
+    # expm1: 1 - p of a target that is nearly sure cancels
+    by_entropy = (slope + _rows(grad_logprob)).expand_as(p).gather(1, column) * own.exp()
+    own = by_entropy - _rows(grad_logprob) * own.expm1()
     dz = p.mul_(slope)
-    inside, column = _targets(target, tile)
-    own = dz.gather(1, column) + _rows(torch.where(inside, grad_logprob, 0))
+    own = torch.where(_rows(inside), own, dz.gather(1, column))
     return dz.scatter_(1, column, own).div_(temperature)
 
 
