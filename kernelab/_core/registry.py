@@ -80,6 +80,20 @@ def triton_support(device: torch.device) -> str | None:
     return None if device.type in ("cpu", "cuda") else f"no Triton driver for {device.type}"
 
 
+def register_usual(op: str, package: str) -> None:
+    """Adds the backends reference, cpu and triton, in the modules of ``package`` that ops have for them."""
+    register(op, "reference", module=f"{package}.reference", priority=0, devices=(), supports=lambda *_: None)
+    register(op, "cpu", module=f"{package}.cpu_kernels", priority=10, devices=("cpu",), supports=cpu_support)
+    register(
+        op,
+        "triton",
+        module=f"{package}.triton_launch",
+        priority=20,
+        devices=("cuda",),
+        supports=lambda device, dtype: triton_support(device) or ("no float64" if dtype == torch.float64 else None),
+    )
+
+
 def ops() -> tuple[str, ...]:
     """Names of the registered ops."""
     return tuple(sorted(_OPS))

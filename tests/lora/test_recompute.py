@@ -519,7 +519,10 @@ class TestWhatIsNotRecomputed:
     def test_what_would_keep_more_than_it_saves(self):
         """Nobody else keeps the float64 tensor, which is larger."""
         model = adapted(nn.Sequential(nn.Linear(D, D)), ["0"], torch.float32)
-        forward = lambda h: model((h.double() + 1).to(torch.float32))  # noqa: E731
+
+        def forward(h):
+            return model((h.double() + 1).to(torch.float32))
+
         assert kept(forward, inputs(), recompute_activations) == kept(forward, inputs(), plain)
 
     def test_anything_after_the_block(self):

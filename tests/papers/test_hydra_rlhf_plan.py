@@ -17,7 +17,7 @@ from kernelab.experiment.cli import main
 from kernelab.papers.hydra_rlhf import plan as planner
 from kernelab.papers.hydra_rlhf.config import PRESETS, Config
 from kernelab.papers.hydra_rlhf.cost import live_memory, seconds
-from kernelab.papers.hydra_rlhf.model import new_reward_head
+from kernelab.papers.hydra_rlhf.model import mixed_precision, new_reward_head
 from kernelab.papers.hydra_rlhf.optimise import PPO
 from kernelab.papers.hydra_rlhf.plan import largest_batch, smaller
 from kernelab.papers.hydra_rlhf.predict import Plan, model_sizes, predict
@@ -34,15 +34,10 @@ def settings(**changed) -> Config:
     return Config(**{**SIZES, **LENGTHS, "lora_r": 4, "sft_batch_size": 3, **changed})
 
 
-def precision(config: Config):
-    dtype = getattr(torch, config.dtype)
-    return torch.autocast("cpu", dtype, enabled=dtype != torch.float32, cache_enabled=False)
-
-
 def measured(config: Config) -> dict[str, int]:
     """Peak bytes of the parts of the second step of a real run, whose answers do not end early."""
     torch.manual_seed(0)
-    with precision(config):
+    with mixed_precision(config, torch.device("cpu")):
         lm = AutoModelForCausalLM.from_config(model_sizes(config), dtype=getattr(torch, config.dtype)).eval()
         roles = Roles(METHODS[config.method], lm, new_reward_head(lm), config)
         never = SimpleNamespace(end=-1, pad=0, response_length=config.response_length)
@@ -102,7 +97,7 @@ def test_the_plan_is_what_a_real_step_of_supervised_training_holds(stage, change
     answers = tokens[:, config.prompt_length :]
     columns = (tokens[:, : config.prompt_length], mask), *2 * [(answers, torch.ones_like(answers, dtype=torch.bool))]
     pairs = Rows(*columns, [""] * 20).pairs(slice(config.sft_batch_size))
-    with precision(config):
+    with mixed_precision(config, torch.device("cpu")):
         supervision = Supervision(config, stage, lm, new_reward_head(lm))
         seconds(supervision, pairs)  # makes the optimizers' state
         expected = live_memory(supervision, pairs)[1]["update"]

@@ -133,7 +133,9 @@ def test_the_value_gradient_can_be_kept_from_the_shared_adapter(trunk, head, seq
     [("ppo", 4, 0, 2), ("lora", 4, 2, 0), ("dynamic", 2, 2, 0), ("j_hydra", 1, 1, 0), ("hydra", 1, 2, 0)],
 )
 def test_what_each_method_holds(trunk, head, method, trunks, adapters, trained):
-    count = lambda parameters: sum(p.numel() for p in parameters)  # noqa: E731
+    def count(parameters):
+        return sum(p.numel() for p in parameters)
+
     heads, size = 2 * count(head.parameters()), count(trunk.parameters())
     adapter = count(make("hydra", trunk, head).actor_parameters())
     roles = make(method, trunk, head)

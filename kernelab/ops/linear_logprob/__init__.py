@@ -51,20 +51,7 @@ _backward = define.define(
 )
 
 
-def _register(backend: str, module: str, priority: int, devices: tuple[str, ...], supports) -> None:
-    path = f"{__name__}.{module}"
-    registry.register("linear_logprob", backend, module=path, priority=priority, devices=devices, supports=supports)
-
-
-_register("reference", "reference", 0, (), lambda device, dtype: None)
-_register("cpu", "cpu_kernels", 10, ("cpu",), registry.cpu_support)
-_register(
-    "triton",
-    "triton_launch",
-    20,
-    ("cuda",),
-    lambda device, dtype: registry.triton_support(device) or ("no float64" if dtype == torch.float64 else None),
-)
+registry.register_usual("linear_logprob", __name__)
 
 
 class _LinearLogprob(torch.autograd.Function):
