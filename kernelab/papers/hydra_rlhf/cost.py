@@ -18,6 +18,7 @@ from kernelab._core.memory import LiveBytes
 from kernelab.experiment.device import from_main
 from kernelab.experiment.run import Run
 from kernelab.papers.hydra_rlhf.config import Config
+from kernelab.papers.hydra_rlhf.fit import most_rows
 from kernelab.papers.hydra_rlhf.optimise import PPO
 from kernelab.papers.hydra_rlhf.roles import METHODS, make_roles
 from kernelab.papers.hydra_rlhf.sft import Supervision
@@ -132,19 +133,14 @@ def _with_batch(contender: _Contender, batch: int) -> _Contender:
 
 
 def _largest_batch(contender: _Contender, memory: int) -> int:
-    """The rows whose peak is within ``memory``, found along the line through two peaks; 0 where there are none."""
+    """The most rows whose peak is within ``memory``; 0 where one is too many."""
 
     def peak(batch: int) -> int:
         tried = _with_batch(contender, batch)
         seconds(tried.trainer, tried.rows(0))
         return from_main(max(live_memory(tried.trainer, tried.rows(0))[1].values()))
 
-    few, more = 8, 16
-    low, high = peak(few), peak(more)
-    batch = few + (memory - low) * (more - few) // (high - low)
-    while batch > 0 and peak(batch) > memory:
-        batch -= max(1, batch // 50)
-    return max(batch, 0)
+    return most_rows(peak, memory, start=8)
 
 
 def live_memory(trainer: PPO | Supervision, batch: Prompts | Pairs) -> tuple[int, dict[str, int]]:

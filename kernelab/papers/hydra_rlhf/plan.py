@@ -18,6 +18,7 @@ from rich.table import Table
 
 from kernelab._core.errors import bad_value
 from kernelab.papers.hydra_rlhf.config import Config
+from kernelab.papers.hydra_rlhf.fit import most_rows
 from kernelab.papers.hydra_rlhf.predict import KINDS, Plan, predict
 from kernelab.papers.hydra_rlhf.roles import METHODS, chosen_methods
 from kernelab.papers.hydra_rlhf.sft import STAGES
@@ -45,25 +46,15 @@ def plan(
 
 
 def largest_batch(config: Config, memory: float) -> Plan | None:
-    """The plan of PPO with the largest ``batch_size`` that fits, or None; the number of its parts stays.
-
-    Memory grows almost linearly with the rows of a part: the next to try are where the line through the last two
-    reaches ``memory``, between the most that fit and the fewest that do not.
-    """
+    """The plan of PPO with the largest ``batch_size`` that fits, or None; the number of its parts stays."""
     parts = config.num_mini_batches * config.gradient_accumulation_steps
-    rows, best, too_many, fits, last = config.batch_size // parts, None, None, 0, None
-    while too_many is None or too_many - fits > 1:
-        found = predict(replace(config, batch_size=rows * parts, sft_steps=0, rm_steps=0))
-        if found.peak <= memory:
-            best, fits = found, rows
-        else:
-            too_many = rows
-        last_rows, last_peak = last or (0, found.states)
-        a_row = max(1.0, (found.peak - last_peak) / (rows - last_rows))
-        last = rows, found.peak
-        rows = max(rows + int((memory - found.peak) // a_row), fits + 1)
-        rows = rows if too_many is None else min(rows, too_many - 1)
-    return best
+    plans: dict[int, Plan] = {}
+
+    def peak(rows: int) -> int:
+        plans[rows] = predict(replace(config, batch_size=rows * parts, sft_steps=0, rm_steps=0))
+        return plans[rows].peak
+
+    return plans.get(most_rows(peak, memory, config.batch_size // parts))
 
 
 def smaller(plan: Plan, memory: float) -> Plan | None:
