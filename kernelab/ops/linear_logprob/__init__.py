@@ -49,6 +49,12 @@ _backward = define.define(
     "-> (Tensor dhidden, Tensor dweight, Tensor dbias)",
     _backward_fake,
 )
+_kept_backward = define.define(
+    "linear_logprob",
+    "kept_backward",
+    "(Tensor dlogprob, Tensor dentropy, Tensor grad_logprob, Tensor grad_entropy, str backend) -> Tensor dhidden",
+    lambda dlogprob, *_: torch.empty_like(dlogprob),
+)
 
 
 registry.register_usual("linear_logprob", __name__)
@@ -79,7 +85,8 @@ class _LinearLogprob(torch.autograd.Function):
 
         def fast(grad_logprob, grad_entropy, hidden, weight, target, lse, entropy, dlogprob, dentropy, *bias):
             if ctx.keep:
-                return _kept_backward(grad_logprob, grad_entropy, dlogprob, dentropy)
+                dhidden = _kept_backward(dlogprob, dentropy, grad_logprob, grad_entropy, backend)
+                return dhidden, weight.new_empty(0, weight.shape[1]), weight.new_empty(0)
             bias = bias[0] if bias else None
             tail = grad_logprob, grad_entropy, temperature, need
             return _backward(hidden, weight, bias, target, lse, entropy, *tail, backend)
@@ -92,14 +99,6 @@ class _LinearLogprob(torch.autograd.Function):
         tensors = [grad_logprob, grad_entropy, hidden, weight, target, lse, entropy, dlogprob, dentropy]
         grads = differentiable(fast, definition, *tensors, *([] if bias is None else [bias]))
         return *(grad if needed else None for grad, needed in zip(grads, need, strict=True)), *[None] * 5
-
-
-def _kept_backward(grad_logprob, grad_entropy, dlogprob, dentropy) -> tuple[Tensor, Tensor, Tensor]:
-    """The backward of a frozen head: the derivatives by ``hidden``, kept since the forward, times the cotangents."""
-    dhidden = grad_logprob[:, None] * dlogprob
-    if grad_entropy.numel() > 0:
-        dhidden = torch.addcmul(dhidden, grad_entropy[:, None], dentropy)
-    return dhidden.to(dlogprob.dtype), dlogprob.new_empty(0, dlogprob.shape[1]), dlogprob.new_empty(0)
 
 
 def linear_logprob(

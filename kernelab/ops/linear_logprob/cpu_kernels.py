@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from kernelab._core import native, onednn
 
 from .arguments import check_range
+from .kept import kept_backward as kept_backward
 
 SIDE = 1024  # of a tile of logits, where the features leave room
 ELEMENTS = 2**22  # of a block of rows or of classes

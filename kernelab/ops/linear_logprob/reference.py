@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .arguments import check_range
+from .kept import kept_backward as kept_backward
 
 
 def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:

@@ -18,6 +18,7 @@ from kernelab._core.spec import Launch
 
 from . import triton_kernels as kernels
 from .arguments import check_range
+from .kept import kept_backward as kept_backward
 from .triton_tuning import SCALE, Configuration, configuration, logits_at_a_time, padded, rows_at_a_time
 
 GROUP_M = 8
