@@ -18,9 +18,17 @@ from kernelab.ops.linear_logprob import cpu_kernels, reference
 from tests.contract.error import BACKWARD, FORWARD, check
 from tests.contract.test_op_contract import as_in_float64
 
+from .guarded_memory import guarded_memory
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 GRADIENTS = ("hidden", "weight", "bias")
 SETS = ("baseline", "avx2", "avx512")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def guards():
+    with guarded_memory():
+        yield
 
 
 def problem(rows, features, classes, dtype, *, bias=True, train="hidden weight bias", temperature=1.0, size=2.0):
@@ -116,6 +124,12 @@ def compare(call, entropy=True):
 def test_blocks_and_tiles(dtype, train, entropy):
     """Two blocks of rows, tiles of classes that are whole and one that is not, more features than one pass takes."""
     compare(problem(230, 333, 411, dtype, train=train, temperature=0.8), entropy)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_whole_blocks(dtype):
+    """No padding stands between rows to take what is written beyond one."""
+    compare(problem(192, 768, 256, dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -18,11 +18,19 @@ from kernelab.ops import lora_linear
 from kernelab.ops.lora_linear import cpu_kernels
 from tests.contract.error import BACKWARD, FORWARD, check
 
+from .guarded_memory import guarded_memory
+
 pytestmark = pytest.mark.skipif(native.reason_missing() is not None, reason="the C++ extension is not built")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SETS = ("baseline", "avx2", "avx512")
 EVERYTHING = frozenset({"s", "dx", "da", "db"})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def guards():
+    with guarded_memory():
+        yield
 
 
 def problem(rows, in_features, out_features, rank, dtype, seed=0):
@@ -88,6 +96,12 @@ def compare(inputs, dropout_p=0.0, need=EVERYTHING):
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_every_rank(dtype, rank, dropout_p):
     compare(problem(70, 300, 173, rank, dtype), dropout_p)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_whole_blocks(dtype):
+    """No padding stands between rows to take what is written beyond one."""
+    compare(problem(64, 512, 256, 16, dtype))
 
 
 @settings(max_examples=50, deadline=None)
