@@ -1,58 +1,12 @@
 // Included once for every instruction set, in its namespace and under its target pragma; KL_VECTOR_BYTES is its
 // register.
 //
-// Both products are C[i, j] += sum_p A[i, p] B[p, j]: B's rows are read as vectors, A's elements are broadcast. A
-// "unit" holds the consecutive p of one multiply-add: one number, or two bfloat16 for the instruction that multiplies
-// pairs.
+// Both products are C[i, j] += sum_p A[i, p] B[p, j]: B's rows are read as vectors, A's units are broadcast.
 //
 // Logits stand transposed, [classes, rows]: A is the weight as it lies in memory, only `hidden` is packed, and the sums
 // over classes run along the vectors' lanes, a row each.
 
-#define KL_INLINE inline __attribute__((always_inline))
-
-template <typename E>
-struct vector {
-  typedef E type __attribute__((vector_size(KL_VECTOR_BYTES), aligned(sizeof(E)), may_alias));
-};
-template <typename E>
-using vec = typename vector<E>::type;
-
-template <typename E>
-KL_INLINE vec<E> load(const E* from) {
-  return *reinterpret_cast<const vec<E>*>(from);
-}
-template <typename E>
-KL_INLINE void store(E* to, vec<E> value) {
-  *reinterpret_cast<vec<E>*>(to) = value;
-}
-
-template <typename Number>
-struct Plain {
-  using Element = Number;
-  using Sum = Number;
-  using Unit = Number;
-  static constexpr int kDepth = 1;
-  static KL_INLINE vec<Sum> multiply_add(vec<Sum> sum, Unit a, vec<Unit> b) { return sum + a * b; }
-  static KL_INLINE Unit unit(const Element* elements) { return elements[0]; }
-  static KL_INLINE vec<Unit> units(const vec<Sum>* values) { return values[0]; }
-};
-
-#if KL_BFLOAT16_PAIRS
-struct Pairs {
-  using Element = kl::bfloat16;
-  using Sum = float;
-  using Unit = uint32_t;
-  static constexpr int kDepth = 2;
-  static KL_INLINE vec<Sum> multiply_add(vec<Sum> sum, Unit a, vec<Unit> b) {
-    return (vec<Sum>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(static_cast<int>(a)), (__m512bh)b);
-  }
-  static KL_INLINE Unit unit(const Element* elements) { return elements[0].bits | uint32_t{elements[1].bits} << 16; }
-  static KL_INLINE vec<Unit> units(const vec<Sum>* values) {
-    const vec<Unit> low = (vec<Unit>)values[0], high = (vec<Unit>)values[1];
-    return (low + 0x7FFF + ((low >> 16) & 1)) >> 16 | ((high + 0x7FFF + ((high >> 16) & 1)) & 0xFFFF0000);
-  }
-};
-#endif
+#include "core/vector.h"
 
 // exp of what is not positive, 0 below the range; its error is about that of one rounding.
 template <typename E>
@@ -461,5 +415,3 @@ kl::logprob::Kernels kernels_of() {
   using Sums = Plain<typename kl::compute<T>::type>;
   return {Forward<T, Sums>::run, Gradient<T, Sums>::run};
 }
-
-#undef KL_INLINE

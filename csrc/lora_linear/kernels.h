@@ -2,26 +2,9 @@
 // register.
 //
 // All six products are C[i, j] += sum_p A[i, p] B[p, j] on blocks that stay in the first-level cache. B's rows are read
-// as vectors and A's elements are broadcast. A "unit" holds the consecutive p of one multiply-add: one number, or two
-// bfloat16 for the instruction that multiplies pairs.
+// as vectors and A's units are broadcast.
 
-#define KL_INLINE inline __attribute__((always_inline))
-
-template <typename E>
-struct vector {
-  typedef E type __attribute__((vector_size(KL_VECTOR_BYTES), aligned(sizeof(E)), may_alias));
-};
-template <typename E>
-using vec = typename vector<E>::type;
-
-template <typename E>
-KL_INLINE vec<E> load_vector(const E* from) {
-  return *reinterpret_cast<const vec<E>*>(from);
-}
-template <typename E>
-KL_INLINE void store_vector(E* to, vec<E> value) {
-  *reinterpret_cast<vec<E>*>(to) = value;
-}
+#include "core/vector.h"
 
 // a[0] b[0] a[1] b[1] ... of the lower (kHalf 0) or the upper half of the lanes.
 template <int kHalf, typename V>
@@ -33,27 +16,6 @@ KL_INLINE V interleave(V a, V b) {
   return __builtin_shuffle(a, b, index);
 }
 
-template <typename Number>
-struct Plain {
-  using Element = Number;
-  using Sum = Number;
-  using Unit = Number;
-  static constexpr int kDepth = 1;
-  static KL_INLINE vec<Sum> multiply_add(vec<Sum> sum, Unit a, vec<Unit> b) { return sum + a * b; }
-};
-
-#if KL_BFLOAT16_PAIRS
-struct Pairs {
-  using Element = kl::bfloat16;
-  using Sum = float;
-  typedef uint32_t Unit __attribute__((may_alias));
-  static constexpr int kDepth = 2;
-  static KL_INLINE vec<Sum> multiply_add(vec<Sum> sum, Unit a, vec<Unit> b) {
-    return (vec<Sum>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(static_cast<int>(a)), (__m512bh)b);
-  }
-};
-#endif
-
 constexpr int kRows = 32;              // of x and dy in work at once; a multiple of kPad
 constexpr int kPanelBytes = 512;       // of a row of x and dy in work at once
 constexpr int kRankStride = 256 + 16;  // the largest rank, and no power of two: rows would share cache sets
@@ -64,6 +26,8 @@ KL_INLINE void tile(typename M::Sum* c, int64_t c_stride, const typename M::Unit
                     int64_t b_stride, int64_t depth) {
   using V = vec<typename M::Sum>;
   using U = vec<typename M::Unit>;
+  typedef typename M::Unit Unit __attribute__((may_alias));
+  const Unit* units = a;  // which may lie there as elements
   constexpr int kLanes = KL_VECTOR_BYTES / sizeof(typename M::Sum);
   V sum[kHeight][kWidth] = {};
   for (int64_t p = 0; p < depth; ++p) {
@@ -73,7 +37,8 @@ KL_INLINE void tile(typename M::Sum* c, int64_t c_stride, const typename M::Unit
 #pragma GCC unroll 16
     for (int i = 0; i < kHeight; ++i)
 #pragma GCC unroll 4
-      for (int w = 0; w < kWidth; ++w) sum[i][w] = M::multiply_add(sum[i][w], a[i * kRowStep + p * kDepthStep], row[w]);
+      for (int w = 0; w < kWidth; ++w)
+        sum[i][w] = M::multiply_add(sum[i][w], units[i * kRowStep + p * kDepthStep], row[w]);
   }
 #pragma GCC unroll 16
   for (int i = 0; i < kHeight; ++i)
@@ -155,10 +120,10 @@ KL_INLINE void factors(C* factor, int64_t row, int64_t column, const kl::Segment
     const vec<uint32_t> even0 = interleave<0>(c0, c2), odd0 = interleave<0>(c1, c3);
     const vec<uint32_t> even1 = interleave<1>(c0, c2), odd1 = interleave<1>(c1, c3);
     alignas(64) uint32_t words[4 * kLanes];
-    store_vector(words, interleave<0>(even0, odd0));
-    store_vector(words + kLanes, interleave<1>(even0, odd0));
-    store_vector(words + 2 * kLanes, interleave<0>(even1, odd1));
-    store_vector(words + 3 * kLanes, interleave<1>(even1, odd1));
+    store(words, interleave<0>(even0, odd0));
+    store(words + kLanes, interleave<1>(even0, odd0));
+    store(words + 2 * kLanes, interleave<0>(even1, odd1));
+    store(words + 3 * kLanes, interleave<1>(even1, odd1));
     for (int j = 0; j < 4 * kLanes; ++j) factor[first + j] = words[j] >= g.threshold ? kept : C{0};
   }
 }
@@ -429,5 +394,3 @@ kl::Kernels kernels_of() {
 #endif
   return Adapter<T, Plain<typename kl::compute<T>::type>>::kernels;
 }
-
-#undef KL_INLINE

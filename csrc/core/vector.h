@@ -1,0 +1,50 @@
+// Vectors as wide as a register, and what multiplies them. Included once for every instruction set, in its namespace
+// and under its target pragma; KL_VECTOR_BYTES is its register.
+
+#define KL_INLINE inline __attribute__((always_inline))
+
+template <typename E>
+struct vector {
+  typedef E type __attribute__((vector_size(KL_VECTOR_BYTES), aligned(sizeof(E)), may_alias));
+};
+template <typename E>
+using vec = typename vector<E>::type;
+
+template <typename E>
+KL_INLINE vec<E> load(const E* from) {
+  return *reinterpret_cast<const vec<E>*>(from);
+}
+template <typename E>
+KL_INLINE void store(E* to, vec<E> value) {
+  *reinterpret_cast<vec<E>*>(to) = value;
+}
+
+// A "unit" holds the consecutive factors of one multiply-add: one number, or two bfloat16 for the instruction that
+// multiplies pairs.
+template <typename Number>
+struct Plain {
+  using Element = Number;
+  using Sum = Number;
+  using Unit = Number;
+  static constexpr int kDepth = 1;
+  static KL_INLINE vec<Sum> multiply_add(vec<Sum> sum, Unit a, vec<Unit> b) { return sum + a * b; }
+  static KL_INLINE Unit unit(const Element* elements) { return elements[0]; }
+  static KL_INLINE vec<Unit> units(const vec<Sum>* values) { return values[0]; }
+};
+
+#if KL_BFLOAT16_PAIRS
+struct Pairs {
+  using Element = kl::bfloat16;
+  using Sum = float;
+  using Unit = uint32_t;
+  static constexpr int kDepth = 2;
+  static KL_INLINE vec<Sum> multiply_add(vec<Sum> sum, Unit a, vec<Unit> b) {
+    return (vec<Sum>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(static_cast<int>(a)), (__m512bh)b);
+  }
+  static KL_INLINE Unit unit(const Element* elements) { return elements[0].bits | uint32_t{elements[1].bits} << 16; }
+  static KL_INLINE vec<Unit> units(const vec<Sum>* values) {
+    const vec<Unit> low = (vec<Unit>)values[0], high = (vec<Unit>)values[1];
+    return (low + 0x7FFF + ((low >> 16) & 1)) >> 16 | ((high + 0x7FFF + ((high >> 16) & 1)) & 0xFFFF0000);
+  }
+};
+#endif
