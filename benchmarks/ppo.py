@@ -47,7 +47,8 @@ from kernelab.papers.hydra_rlhf.roles import METHODS, Roles
 from kernelab.papers.hydra_rlhf.tokens import Sequences
 
 PAD, END = 0, 1
-CONFIG = replace(Config(), num_ppo_epochs=1, max_grad_norm=1e9)  # TRL's loop clips no gradients
+# TRL's loop clips no gradients, and answers as many prompts at once as a mini-batch has.
+CONFIG = replace(Config(), num_ppo_epochs=1, max_grad_norm=1e9, local_rollout_forward_batch_size=8)
 
 
 class Tokenizer:
@@ -72,7 +73,7 @@ class Peer:
             gradient_accumulation_steps=CONFIG.num_mini_batches,
             num_mini_batches=CONFIG.num_mini_batches,
             num_ppo_epochs=CONFIG.num_ppo_epochs,
-            local_rollout_forward_batch_size=part,
+            local_rollout_forward_batch_size=CONFIG.local_rollout_forward_batch_size,
             response_length=CONFIG.response_length,
             temperature=CONFIG.temperature,
             kl_coef=CONFIG.kl_coef,

@@ -57,6 +57,7 @@ CASES = [
     settings(batch_size=4, num_mini_batches=4, lora_r=1),
     settings(prompt_length=60, response_length=4),
     settings(prompt_length=4, response_length=40),
+    settings(prompt_length=4, response_length=40, local_rollout_forward_batch_size=3),
     settings(batch_size=24, gradient_accumulation_steps=3, num_ppo_epochs=2),
     settings(method="lora", batch_size=24, gradient_accumulation_steps=6),
     settings(lora_r=40, target_modules=("q_proj", "v_proj")),
@@ -188,7 +189,11 @@ def test_the_largest_batch_takes_few_predictions(monkeypatch):
     [
         (settings(batch_size=24, num_mini_batches=1), "update", {"gradient_accumulation_steps": 2}),
         (settings(batch_size=2, num_hidden_layers=6, sft_steps=0), "update", {"gradient_checkpointing": True}),
-        (settings(batch_size=96, num_mini_batches=48, vocab_size=3000), "answer", {"batch_size": 48}),
+        (
+            settings(batch_size=96, num_mini_batches=48, vocab_size=3000),
+            "answer",
+            {"local_rollout_forward_batch_size": 48},
+        ),
         (settings(sft_batch_size=64), "hydra_sft", {"sft_batch_size": 32}),
         (settings(batch_size=24, num_mini_batches=1, single_forward=True), "update", {"batch_size": 12}),
     ],

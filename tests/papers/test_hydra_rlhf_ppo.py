@@ -105,6 +105,17 @@ def test_the_actor_answers_with_its_adapter_and_cache(trunk, head, sequences, me
     assert found.mask[:, :P].equal(prompts[1])
 
 
+def test_answers_in_parts_are_the_answers(trunk, head, sequences):
+    encoder = SimpleNamespace(end=V - 1, pad=0, response_length=R)
+    found = []
+    for rows in (0, 2):
+        config = Config(temperature=1e-6, local_rollout_forward_batch_size=rows)
+        ppo = PPO(make("hydra", trunk, head), encoder, config)
+        found.append(ppo.answer((sequences.tokens[:, :P], sequences.mask[:, :P])))
+    assert torch.equal(found[0].tokens, found[1].tokens)
+    assert torch.equal(found[0].mask, found[1].mask)
+
+
 def test_an_answer_ends_with_its_first_end_token():
     class Speaker:
         def generate(self, input_ids, **kwargs):

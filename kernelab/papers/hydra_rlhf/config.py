@@ -18,6 +18,7 @@ _POSITIVE = (
 _NOT_NEGATIVE = (
     *("sft_steps", "rm_steps", "sft_coef", "center_rewards_coefficient", "prompt_coef", "weight_decay", "ppo_steps"),
     *("kl_coef", "vf_coef", "muon_learning_rate", "missing_eos_penalty", "eval_prompts", "cost_steps", "cost_memory"),
+    "local_rollout_forward_batch_size",
 )
 _FRACTIONS = ("gamma", "lam")
 
@@ -83,6 +84,8 @@ class Config:
     ppo_steps: int = 40
     batch_size: int = 64
     """Prompts answered in each PPO step."""
+    local_rollout_forward_batch_size: int = 0
+    """Prompts that a process answers at once; 0: all. Other draws, and less memory for keys and values."""
     num_mini_batches: int = 8
     gradient_accumulation_steps: int = 1
     """Parts of a mini-batch that are in memory one after the other."""

@@ -26,7 +26,7 @@ from kernelab.papers.hydra_rlhf.ppo import (
 from kernelab.papers.hydra_rlhf.processes import average, gathered, largest, replicated, share, synchronised
 from kernelab.papers.hydra_rlhf.roles import Outputs, Roles, Scores, Trained
 from kernelab.papers.hydra_rlhf.rollout import sample_answers
-from kernelab.papers.hydra_rlhf.tokens import Encoder, Sequences
+from kernelab.papers.hydra_rlhf.tokens import Encoder, Sequences, stack
 
 
 class TrainingDiverged(KernelabError, ArithmeticError):
@@ -127,12 +127,12 @@ class PPO:
 
     def answer(self, prompts: tuple[Tensor, Tensor]) -> Sequences:
         """The actor's answers to prompts (tokens and mask, [B, P])."""
-        tokens, mask = prompts
-        mine = share(len(tokens))
+        mine = share(len(prompts[0]))
+        at_once = self.config.local_rollout_forward_batch_size or len(prompts[0])
+        parts = zip(*(column[mine].split(at_once) for column in prompts), strict=True)
         with self.roles.acting():
-            return gathered(
-                sample_answers(self.roles.actor, (tokens[mine], mask[mine]), self.encoder, self.config.temperature)
-            )
+            answers = [sample_answers(self.roles.actor, part, self.encoder, self.config.temperature) for part in parts]
+        return gathered(stack(*answers))
 
     def score(self, sequences: Sequences) -> Scores:
         """All four roles on the answers, as many answers at once as the update takes.

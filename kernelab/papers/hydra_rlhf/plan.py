@@ -60,8 +60,8 @@ def largest_batch(config: Config, memory: float) -> Plan | None:
 def smaller(plan: Plan, memory: float) -> Plan | None:
     """The plan of the next smaller setting that fits, or None.
 
-    More and smaller parts of a mini-batch come first, for they change a step by rounding alone, then gradient
-    checkpointing. Fewer answers, or pairs of supervised training, come where these are what does not fit.
+    Fewer answers at once, and more and smaller parts of a mini-batch, come first, for they leave a step what it is;
+    then gradient checkpointing. Fewer answers in all, or pairs of supervised training, come where nothing else helps.
     """
     part = max(plan.totals, key=plan.totals.__getitem__)
     while changes := _shrunk(plan.config, part):
@@ -79,7 +79,10 @@ def _shrunk(config: Config, part: str) -> dict[str, Any]:
     rows = config.batch_size // parts
     if part in STAGES and config.sft_batch_size > 1:
         return {"sft_batch_size": config.sft_batch_size // 2}
-    if (part == "answer" or config.single_forward) and rows > 1:
+    if part == "answer":
+        at_once = config.local_rollout_forward_batch_size or config.batch_size
+        return {"local_rollout_forward_batch_size": at_once // 2} if at_once > 1 else {}
+    if config.single_forward and rows > 1:
         return {"batch_size": rows // 2 * parts}
     if part in ("score", "update") and rows > 1:
         factor = next(factor for factor in range(2, rows + 1) if rows % factor == 0)

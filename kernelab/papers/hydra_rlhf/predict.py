@@ -175,8 +175,9 @@ def _answer(ppo: PPO, config: Config, live: Ledger) -> Sequences:
                 raise _Enough
 
         with ExitStack() as phase, suppress(_Enough), trunk.register_forward_pre_hook(before):
-            ppo.answer(_ones(config.batch_size, length))
+            ppo.answer(_ones(rows, length))
 
+    rows = min(config.batch_size, config.local_rollout_forward_batch_size or config.batch_size)
     prompt_length, response_length = _lengths(config)
     trunk = ppo.roles.actor.base_model
     with trunk.register_forward_hook(label_cache):

@@ -76,9 +76,10 @@ def join(prompts: tuple[Tensor, Tensor], answers: tuple[Tensor, Tensor]) -> Sequ
     return Sequences(tokens, mask, prompt_length=prompts[0].shape[1])
 
 
-def stack(first: Sequences, second: Sequences) -> Sequences:
-    """The rows of ``first``, then those of ``second``."""
-    return replace(first, tokens=torch.cat([first.tokens, second.tokens]), mask=torch.cat([first.mask, second.mask]))
+def stack(*batches: Sequences) -> Sequences:
+    """The rows of each batch, in order."""
+    columns = {name: torch.cat([getattr(batch, name) for batch in batches]) for name in ("tokens", "mask")}
+    return replace(batches[0], **columns)
 
 
 def shuffled(step: int, size: int, count: int, seed: int) -> Tensor:
