@@ -42,6 +42,15 @@ def test_a_mini_batch_in_parts_takes_the_same_step(trunk, head, sequences):
         torch.testing.assert_close(whole, in_parts, rtol=0, atol=1e-7)  # Adam divides by small gradients
 
 
+@pytest.mark.parametrize(("method", "rates"), [("hydra", [4.0, 6.0]), ("ppo", [2.0, 2.0])])
+@pytest.mark.parametrize("trunk", [llama], indirect=True)
+def test_what_trains_whole_has_its_own_learning_rate(trunk, head, method, rates):
+    ppo = ppo_of(trunk, head, method, learning_rate=4.0, critic_learning_rate=6.0, full_learning_rate=2.0)
+    assert [group["lr"] for group in ppo.optimizer.param_groups] == rates
+    ppo.decay(0.5)
+    assert [2 * group["lr"] for group in ppo.optimizer.param_groups] == rates
+
+
 @pytest.mark.parametrize("trunk", [llama], indirect=True)
 def test_an_update_moves_the_roles_and_nothing_else(trunk, head, sequences):
     ppo = ppo_of(trunk, head)

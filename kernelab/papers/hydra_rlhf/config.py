@@ -12,7 +12,15 @@ MethodName = Literal["ppo", "lora", "dynamic", "j_hydra", "hydra"]
 _POSITIVE = (
     *("prompt_length", "response_length", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
     *("rejected_per_prompt", "sft_batch_size", "sft_learning_rate", "batch_size", "num_mini_batches", "num_ppo_epochs"),
-    *("learning_rate", "critic_learning_rate", "max_grad_norm", "cliprange", "cliprange_value", "temperature"),
+    *(
+        "learning_rate",
+        "critic_learning_rate",
+        "full_learning_rate",
+        "max_grad_norm",
+        "cliprange",
+        "cliprange_value",
+        "temperature",
+    ),
     *("gradient_accumulation_steps", "lora_r", "lora_alpha"),
 )
 _NOT_NEGATIVE = (
@@ -94,6 +102,8 @@ class Config:
     """Of the actor's adapter."""
     critic_learning_rate: float = 2e-3
     """Of the critic's adapter and the value head."""
+    full_learning_rate: float = 1e-4
+    """Of an actor, or a critic with its value head, that is trained whole."""
     max_grad_norm: float = 1.0
     """Of each adapter's gradient, and of the whole model's in Hydra-SFT."""
     kl_coef: float = 0.05
@@ -198,6 +208,7 @@ PRESETS = {
         num_ppo_epochs=4,
         learning_rate=5e-5,
         critic_learning_rate=5e-5,
+        full_learning_rate=5e-6,
         kl_coef=0.02,
         eval_prompts=500,
         cost_steps=0,

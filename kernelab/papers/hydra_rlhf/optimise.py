@@ -97,12 +97,15 @@ class PPO:
 
     def __init__(self, roles: Roles, encoder: Encoder, config: Config):
         self.roles, self.encoder, self.config = roles, encoder, config
+        self.rates = [
+            rate if roles.players[name].adapter else config.full_learning_rate
+            for name, rate in (("actor", config.learning_rate), ("critic", config.critic_learning_rate))
+        ]
+        parameters = roles.actor_parameters(), roles.critic_parameters()
         self.optimizer = torch.optim.AdamW(
-            [
-                {"params": roles.actor_parameters(), "lr": config.learning_rate},
-                {"params": roles.critic_parameters(), "lr": config.critic_learning_rate},
-            ],
+            [{"params": each, "lr": rate} for each, rate in zip(parameters, self.rates, strict=True)],
             weight_decay=0.0,
+            fused=True,
         )
         groups = {"actor_norm": roles.actor_parameters(), "critic_norm": roles.critic_parameters()}
         self.descent = Descent(config, [self.optimizer], groups)
@@ -120,9 +123,8 @@ class PPO:
         }
 
     def decay(self, remaining: float) -> None:
-        """Sets the learning rates to this share of the config's."""
-        rates = (self.config.learning_rate, self.config.critic_learning_rate)
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+        """Sets the learning rates to this share of what they began with."""
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = remaining * rate
 
     def answer(self, prompts: tuple[Tensor, Tensor]) -> Sequences:
