@@ -184,6 +184,7 @@ PRESETS = {
         rm_steps=120,
         ppo_steps=60,
         method="all",
+        local_rollout_forward_batch_size=32,
         cost_methods=("sft", "ppo", "lora", "dynamic", "j_hydra", "hydra"),
         cost_memory=60_000_000,
     ),

@@ -51,7 +51,7 @@ class Cost:
 
 
 def compare(config: Config, run: Run, task: Task) -> tuple[list[Cost], list[Cost]]:
-    """Costs of ``cost_methods`` at the config's batch, and of methods of PPO at the largest in ``cost_memory``.
+    """Costs of ``cost_methods`` at the config's batch, and at the largest in ``cost_memory``.
 
     Phases ``cost`` and ``cost_largest``, on copies of the models. What attention holds depends on where answers end, so
     a peak may be a row's above ``cost_memory``.
@@ -111,24 +111,27 @@ class _Contender:
 
 def _contenders(config: Config, task: Task, phase: str) -> Iterator[_Contender]:
     for name in config.cost_methods:
-        copied = task.copied()
-        if name == "sft":
-            rows = config.batch_size // (config.num_mini_batches * config.gradient_accumulation_steps)
-            if phase == "cost":
-                yield _Contender("SFT", Supervision(config, "sft", copied.lm, copied.head), rows, task, config.seed)
-            continue
-        ppo = PPO(make_roles(name, config, copied), task.encoder, config)
-        contender = _Contender(METHODS[name].title, ppo, config.batch_size, task, config.seed)
+        contender = _contender(config, task, name)
         if phase == "cost":
             yield contender
         elif batch := _largest_batch(contender, config.cost_memory):
             yield _with_batch(contender, batch)
 
 
+def _contender(config: Config, task: Task, name: str) -> _Contender:
+    copied = task.copied()
+    if name == "sft":
+        rows = config.batch_size // (config.num_mini_batches * config.gradient_accumulation_steps)
+        return _Contender("SFT", Supervision(config, "sft", copied.lm, copied.head), rows, task, config.seed)
+    ppo = PPO(make_roles(name, config, copied), task.encoder, config)
+    return _Contender(METHODS[name].title, ppo, config.batch_size, task, config.seed)
+
+
 def _with_batch(contender: _Contender, batch: int) -> _Contender:
     """The same one, with all rows of a batch in memory at once."""
-    ppo = contender.trainer
-    ppo.config = replace(ppo.config, batch_size=batch, num_mini_batches=1, gradient_accumulation_steps=1)
+    if isinstance(ppo := contender.trainer, PPO):
+        whole = {"num_mini_batches": 1, "gradient_accumulation_steps": 1, "local_rollout_forward_batch_size": 0}
+        ppo.config = replace(ppo.config, batch_size=batch, **whole)
     return replace(contender, batch=batch)
 
 
