@@ -23,6 +23,19 @@ def process_count() -> int:
     return _from_environment(1, "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
+def uses_fsdp() -> bool:
+    """Whether the processes of this run are to shard models among themselves (FSDP2).
+
+    ``accelerate launch --use_fsdp --fsdp_version 2`` asks for it, as do ``ACCELERATE_USE_FSDP=true FSDP_VERSION=2`` in
+    the environment of torchrun. Raises ``KernelabError`` if another version of FSDP is asked for.
+    """
+    if process_count() == 1 or os.environ.get("ACCELERATE_USE_FSDP", "").lower() not in ("true", "1"):
+        return False
+    if (version := os.environ.get("FSDP_VERSION", "1")) != "2":
+        raise KernelabError(f"FSDP version {version} is not supported: launch with --fsdp_version 2 (FSDP_VERSION=2).")
+    return True
+
+
 def accelerator(**options: Any) -> Accelerator:
     """The ``accelerate.Accelerator`` of this run, on the GPU if there is one; ``options`` are its own arguments.
 

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kernelab.experiment.device import from_all, process_index
+from kernelab.experiment.device import from_all, process_count, process_index
 from kernelab.papers.hydra_rlhf.model import pair_states, rewards
-from kernelab.papers.hydra_rlhf.processes import share
 from kernelab.papers.hydra_rlhf.roles import Roles
 from kernelab.papers.hydra_rlhf.rollout import sample_answers
 from kernelab.papers.hydra_rlhf.task import Questions
@@ -78,18 +77,19 @@ def evaluate(roles: Roles, questions: Questions, encoder: Encoder, *, seed: int)
 
     Equal seeds draw equal random numbers, so that two policies are compared on the same draws.
     """
-    mine = torch.arange(len(questions))[share(len(questions))]
+    count = -(-len(questions) // process_count())  # as many in each process, which repeats the last question if need be
+    mine = (process_index() * count + torch.arange(count)).clamp(max=len(questions) - 1)
     learned, answers = [], []
     with torch.random.fork_rng():
         torch.manual_seed(seed + process_index())
-        for rows in mine.split(128) if len(mine) else ():
+        for rows in mine.split(128):
             with roles.acting():
                 sequences = sample_answers(roles.actor, questions[rows].prompts, encoder, roles.temperature)
             learned.append(roles.reward(sequences).float().cpu())
             answers += encoder.decode(sequences)
     parts = from_all((learned, answers))
-    reward = torch.cat([batch for learned, _ in parts for batch in learned])
-    texts = [text for _, answers in parts for text in answers]
+    reward = torch.cat([batch for learned, _ in parts for batch in learned])[: len(questions)]
+    texts = [text for _, answers in parts for text in answers][: len(questions)]
     return Evaluation(reward, token_f1s(texts, questions.truths), texts)
 
 

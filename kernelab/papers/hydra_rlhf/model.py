@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kernelab._core.errors import KernelabError, bad_value
+from kernelab.papers.hydra_rlhf.processes import whole
 from kernelab.papers.hydra_rlhf.tokens import Sequences, stack
 
 if TYPE_CHECKING:
@@ -203,5 +204,5 @@ def digest(parameters: dict[str, Tensor]) -> str:
     total = hashlib.sha256()
     for name, tensor in sorted(parameters.items()):
         total.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        total.update(whole(tensor.detach()).cpu().contiguous().flatten().view(torch.uint8).numpy())
     return total.hexdigest()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kernelab._core.errors import KernelabError
-from kernelab.experiment.device import from_main
+from kernelab.experiment.device import from_main, uses_fsdp
 from kernelab.papers.hydra_rlhf.config import Config
 from kernelab.papers.hydra_rlhf.ppo import (
     RunningMoments,
@@ -23,7 +23,16 @@ from kernelab.papers.hydra_rlhf.ppo import (
     value_loss,
     whiten,
 )
-from kernelab.papers.hydra_rlhf.processes import average, gathered, largest, replicated, share, synchronised
+from kernelab.papers.hydra_rlhf.processes import (
+    WholeOptimizer,
+    average,
+    clip_gradients,
+    gathered,
+    largest,
+    replicated,
+    share,
+    synchronised,
+)
 from kernelab.papers.hydra_rlhf.roles import Outputs, Roles, Scores, Trained
 from kernelab.papers.hydra_rlhf.rollout import sample_answers
 from kernelab.papers.hydra_rlhf.tokens import Encoder, Sequences, stack
@@ -76,9 +85,7 @@ class Descent:
         """
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
-        norms = {
-            name: torch.nn.utils.clip_grad_norm_(group, self.max_norm).item() for name, group in self.groups.items()
-        }
+        norms = {name: clip_gradients(group, self.max_norm).item() for name, group in self.groups.items()}
         too_large = not all(map(math.isfinite, norms.values()))
         return dict.fromkeys(norms, 0.0) if too_large and self.scaler.get_scale() > 1 else norms
 
@@ -105,7 +112,7 @@ class PPO:
         self.optimizer = torch.optim.AdamW(
             [{"params": each, "lr": rate} for each, rate in zip(parameters, self.rates, strict=True)],
             weight_decay=0.0,
-            fused=True,
+            fused=not uses_fsdp(),  # torch does not mix sharded and whole tensors
         )
         groups = {"actor_norm": roles.actor_parameters(), "critic_norm": roles.critic_parameters()}
         self.descent = Descent(config, [self.optimizer], groups)
@@ -117,7 +124,7 @@ class PPO:
         """What a checkpoint has to hold."""
         return {
             "roles": Trained(self.roles),
-            "optimizer": self.optimizer,
+            "optimizer": WholeOptimizer(self.optimizer),
             "scaler": self.descent.scaler,
             "reward_moments": self.moments,
         }

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kernelab._core.errors import KernelabError
+from kernelab.experiment.device import process_index, uses_fsdp
 from kernelab.lora import (
     LoRAConfig,
     adapter_parameters,
@@ -27,6 +28,7 @@ from kernelab.lora import (
 from kernelab.papers.hydra_rlhf.config import Config
 from kernelab.papers.hydra_rlhf.model import before_answers, digest, hidden_states, linear_layers, quantize, rewards
 from kernelab.papers.hydra_rlhf.ppo import token_logprobs
+from kernelab.papers.hydra_rlhf.processes import shard, shard_like, whole_state
 from kernelab.papers.hydra_rlhf.tokens import Sequences
 
 if TYPE_CHECKING:
@@ -233,14 +235,22 @@ class Roles(nn.Module):
         return digest({name: p for name, p in self.named_parameters() if not p.requires_grad})
 
     def save(self, folder: Path) -> None:
-        """Writes what trained: the adapters as PEFT does, or whole models, and the value head."""
+        """Writes what trained: the adapters as PEFT does, or whole models, and the value head.
+
+        Every process calls it, the main one writes.
+        """
+        is_main = process_index() == 0
         for name in ("actor", "critic"):
-            trunk, adapter = self.players[name]
+            adapter, lm = self.players[name].adapter, self._trunk(name)
             if adapter:
-                save_adapter(self.trunks[trunk], adapter, folder / adapter)
-            else:
-                self.trunks[trunk].save_pretrained(folder / name)
-        save_file(self.value_head.state_dict(), folder / "value_head.safetensors")
+                if is_main or uses_fsdp():  # every process takes part in gathering shards
+                    save_adapter(lm, adapter, folder / adapter)
+                continue
+            state = whole_state(lm.state_dict())
+            if is_main:
+                lm.save_pretrained(folder / name, state_dict=state)
+        if is_main:
+            save_file(self.value_head.state_dict(), folder / "value_head.safetensors")
 
     def _copies(self, lm: PreTrainedModel, reward_lm: PreTrainedModel) -> dict[str, PreTrainedModel]:
         """A trunk by name, each a model of its own; what reads rewards and values begins as the reward model."""
@@ -292,8 +302,11 @@ class Roles(nn.Module):
 
 
 def make_roles(name: str, config: Config, task: Task) -> Roles:
-    """The four models of the method ``name``, made of the task's, some of which they take over."""
-    return Roles(
+    """The four models of the method ``name``, made of the task's, some of which they take over.
+
+    With FSDP the layers of their trunks are sharded over the processes.
+    """
+    roles = Roles(
         METHODS[name],
         task.lm,
         task.head,
@@ -301,6 +314,9 @@ def make_roles(name: str, config: Config, task: Task) -> Roles:
         reward_lm=task.reward_lm,
         reward_function=task.reward_function,
     )
+    for trunk in roles.trunks.values():
+        shard(trunk)
+    return roles
 
 
 class Trained:
@@ -311,7 +327,7 @@ class Trained:
         self.base = roles.base_digest()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"base": self.base, "trained": {name: p.detach() for name, p in self._parameters().items()}}
+        return whole_state({"base": self.base, "trained": {name: p.detach() for name, p in self._parameters().items()}})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ``KernelabError`` if the trunk is not the one that the saved adapters were trained on."""
@@ -322,7 +338,7 @@ class Trained:
             )
         with torch.no_grad():
             for name, parameter in self._parameters().items():
-                parameter.copy_(state["trained"][name])
+                parameter.copy_(shard_like(state["trained"][name], parameter))
 
     def _parameters(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.roles.named_parameters() if p.requires_grad}

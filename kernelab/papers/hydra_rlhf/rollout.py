@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from kernelab.experiment.device import uses_fsdp
 from kernelab.papers.hydra_rlhf.tokens import Encoder, Sequences, join
 
 
@@ -28,7 +29,10 @@ def sample_answers(
         eos_token_id=encoder.end,
         pad_token_id=encoder.pad,
     )
-    output = lm.generate(input_ids=tokens, attention_mask=mask.long(), generation_config=settings)
+    # with FSDP a process whose answers have ended goes on, for the others need its shards
+    output = lm.generate(
+        input_ids=tokens, attention_mask=mask.long(), generation_config=settings, synced_gpus=uses_fsdp()
+    )
     answers = output[:, tokens.shape[1] :]
     answers = F.pad(answers, (0, encoder.response_length - answers.shape[1]), value=encoder.pad)
     is_end = answers == encoder.end

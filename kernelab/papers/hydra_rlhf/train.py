@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from kernelab._core.errors import bad_value
-from kernelab.experiment.device import process_count, process_index
+from kernelab.experiment.device import process_count, process_index, uses_fsdp
 from kernelab.experiment.run import Run
 from kernelab.papers.hydra_rlhf.config import Config
 from kernelab.papers.hydra_rlhf.cost import compare
@@ -27,7 +27,7 @@ from kernelab.papers.hydra_rlhf.tokens import shuffled
 
 def train(config: Config, run: Run) -> dict[str, Any]:
     """What PPO starts from; the costs of methods side by side; PPO; the held-out scores before and after."""
-    _check_shares(config)
+    _check_processes(config)
     transformers_logging.disable_progress_bar()
     task = prepare(config)
     methods = chosen_methods(config)
@@ -48,19 +48,27 @@ def train(config: Config, run: Run) -> dict[str, Any]:
                 before[method.joint] = evaluate(roles, task.held_out_questions, task.encoder, seed=config.seed)
             reinforce(config, run, task, name, roles)
             after = evaluate(roles, task.held_out_questions, task.encoder, seed=config.seed)
-            if run.is_main:
-                roles.save(run.folder / "adapters" / (name if len(methods) > 1 else ""))
+            roles.save(run.folder / "adapters" / (name if len(methods) > 1 else ""))
             digests = digest, roles.base_digest()
             results.append(Result(name, ranked[method.joint], before[method.joint], after, digests))
     return report(run, task, results, costs)
 
 
-def _check_shares(config: Config) -> None:
-    """Each of several processes gets as many rows as the others."""
+def _check_processes(config: Config) -> None:
+    """Each of several processes gets as many rows as the others, and with FSDP what it can shard."""
     parts = config.num_mini_batches * config.gradient_accumulation_steps
     for name, least in (("batch_size", parts * process_count()), ("sft_batch_size", process_count())):
         if (size := getattr(config, name)) % least:
             raise bad_value("hydra-rlhf", name, f"a multiple of {least} with {process_count()} processes", size)
+    if not uses_fsdp():
+        return
+    for name, refused, expected in (
+        ("load_in_4bit", config.load_in_4bit, "False with FSDP, which does not shard 4-bit layers"),
+        ("dtype", config.dtype == "float16", "bfloat16 or float32 with FSDP, whose gradients are not scaled"),
+        ("cost_steps", config.cost_steps, "0 with FSDP, whose buffers are not counted"),
+    ):
+        if refused:
+            raise bad_value("hydra-rlhf", name, expected, getattr(config, name))
 
 
 def begin(config: Config, run: Run, task: Task, *, joint: bool) -> tuple[Task, Tensor | None]:
