@@ -86,7 +86,7 @@ struct Logits {
   const Sum scale;
   Sum* memory;                // what is not taken yet
   Sum* logits;                // before the temperature [kClasses, block]
-  Unit* packed;               // hidden, in strips [units, up to kStrip]
+  Unit* packed;               // hidden, in strips [units, strip_width]
   Unit* chunk;                // of the weight [kClasses, kInner]
   int64_t row, rows, padded;  // of the block
 
@@ -123,9 +123,12 @@ struct Logits {
 
   const T* weight_row(int64_t v) const { return static_cast<const T*>(g.weight) + v * g.weight_stride; }
 
+  // Of the next strip. Two of two vectors take less time than one of three and one of a single vector.
+  static int64_t strip_width(int64_t left) { return left == 4 * kLanes ? 2 * kLanes : std::min<int64_t>(kStrip, left); }
+
   void pack_hidden() {
-    for (int64_t first = 0; first < padded; first += kStrip) {
-      const int64_t width = std::min<int64_t>(kStrip, padded - first);
+    for (int64_t first = 0, width; first < padded; first += width) {
+      width = strip_width(padded - first);
       for (int64_t j = 0; j < width; ++j) {
         const T* from = static_cast<const T*>(g.hidden) + (row + first + j) * g.hidden_stride;
         const int64_t present = first + j < rows ? g.features : 0;
@@ -153,23 +156,31 @@ struct Logits {
         a = reinterpret_cast<const char*>(chunk);
         step = kInner * sizeof(Unit);
       }
-      for (int64_t j = 0; j < padded; j += kStrip) {
-        const int64_t width = std::min<int64_t>(kStrip, padded - j);
+      for (int64_t j = 0, width; j < padded; j += width) {
+        width = strip_width(padded - j);
         const Unit* b = packed + j * units + first * width;
         const auto of_width = width == 3 * kLanes ? column<3> : width == 2 * kLanes ? column<2> : column<1>;
-        of_width(logits + j, g.block, a, step, b, depth, height, first == 0);
+        of_width(logits + j, g.block, a, step, b, depth, height, first == 0, j == 0);
       }
     }
   }
 
   template <int kVectors>
   static void column(Sum* c, int64_t c_stride, const char* a, int64_t a_step, const Unit* b, int64_t depth,
-                     int64_t height, bool fresh) {
-    for (int64_t i = 0; i < height; i += kHeight)
+                     int64_t height, bool fresh, bool first_strip) {
+    for (int64_t i = 0; i < height; i += kHeight) {
+      if (first_strip) prefetch(a + (i + kHeight) * a_step, a_step, depth * sizeof(Unit));
       if (fresh)
         tile<M, kHeight, kVectors, true, false>(c + i * c_stride, c_stride, a + i * a_step, a_step, b, depth);
       else
         tile<M, kHeight, kVectors, false, false>(c + i * c_stride, c_stride, a + i * a_step, a_step, b, depth);
+    }
+  }
+
+  // Fetches the next tile's rows of the weight, since the hardware does not foresee the jump from row to row.
+  static void prefetch(const char* row, int64_t step, int64_t bytes) {
+    for (int i = 0; i < kHeight; ++i)
+      for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + i * step + at);
   }
 
   void convert_chunk(int64_t first_class, int64_t classes, int64_t height, int64_t first, int64_t depth) {
