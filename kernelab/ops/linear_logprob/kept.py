@@ -15,8 +15,11 @@ def kept_backward(dlogprob: Tensor, dentropy: Tensor, grad_logprob: Tensor, grad
     size = max(1, ELEMENTS // features)
     for first in range(0, rows, size):
         block = slice(first, first + size)
-        total = grad_logprob[block, None] * dlogprob[block]
+        result, factor = dhidden[block], grad_logprob[block, None]
+        total = result if result.dtype == factor.dtype else torch.empty_like(result, dtype=factor.dtype)
+        torch.mul(factor, dlogprob[block], out=total)
         if grad_entropy.numel() > 0:
             total.addcmul_(grad_entropy[block, None], dentropy[block])
-        dhidden[block] = total
+        if total is not result:
+            result.copy_(total)
     return dhidden
