@@ -25,6 +25,7 @@ from kernelab.papers.hydra_rlhf.predict import model_sizes, predict
 from kernelab.papers.hydra_rlhf.roles import METHODS, Roles
 from kernelab.papers.hydra_rlhf.sft import Supervision
 from kernelab.papers.hydra_rlhf.task import Rows
+from kernelab.papers.hydra_rlhf.tokens import Sequences
 from tests.papers.test_hydra_rlhf_run import arguments, write_rows
 
 SIZES = {"vocab_size": 500, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -35,18 +36,34 @@ def settings(**changed) -> Config:
     return Config(**{**SIZES, **LENGTHS, "lora_r": 4, "sft_batch_size": 3, **changed})
 
 
-def measured(config: Config) -> dict[str, int]:
-    """Peak bytes of the parts of the second step of a real run, whose answers do not end early."""
+def ppo_and_prompts(config: Config) -> tuple[PPO, tuple[torch.Tensor, torch.Tensor]]:
+    """A trainer whose answers do not end early, and a batch for it."""
     torch.manual_seed(0)
+    lm = AutoModelForCausalLM.from_config(model_sizes(config), dtype=getattr(torch, config.dtype)).eval()
+    roles = Roles(METHODS[config.method], lm, new_reward_head(lm), config)
+    never = SimpleNamespace(end=-1, pad=0, response_length=config.response_length)
+    tokens = torch.randint(config.vocab_size, (config.batch_size, config.prompt_length))
+    mask = torch.arange(config.prompt_length) > torch.arange(config.batch_size)[:, None] % 2  # some are shorter
+    return PPO(roles, never, config), (tokens, mask)
+
+
+def supervision_and_pairs(config: Config, stage: str) -> tuple[Supervision, tuple[Sequences, Sequences]]:
+    torch.manual_seed(0)
+    lm = AutoModelForCausalLM.from_config(model_sizes(config), dtype=torch.float32).eval()
+    tokens = torch.randint(config.vocab_size, (20, config.prompt_length + config.response_length))
+    mask = torch.arange(config.prompt_length) > torch.arange(20)[:, None] % 2
+    answers = tokens[:, config.prompt_length :]
+    columns = (tokens[:, : config.prompt_length], mask), *2 * [(answers, torch.ones_like(answers, dtype=torch.bool))]
+    pairs = Rows(*columns, [""] * 20).pairs(slice(config.sft_batch_size))
+    return Supervision(config, stage, lm, new_reward_head(lm)), pairs
+
+
+def measured(config: Config) -> dict[str, int]:
+    """Peak bytes of the parts of the second step of a real run."""
     with mixed_precision(config, torch.device("cpu")):
-        lm = AutoModelForCausalLM.from_config(model_sizes(config), dtype=getattr(torch, config.dtype)).eval()
-        roles = Roles(METHODS[config.method], lm, new_reward_head(lm), config)
-        never = SimpleNamespace(end=-1, pad=0, response_length=config.response_length)
-        ppo = PPO(roles, never, config)
-        tokens = torch.randint(config.vocab_size, (config.batch_size, config.prompt_length))
-        mask = torch.arange(config.prompt_length) > torch.arange(config.batch_size)[:, None] % 2  # some are shorter
-        seconds(ppo, (tokens, mask))  # makes the optimizer's state
-        return live_memory(ppo, (tokens, mask))[1]
+        ppo, prompts = ppo_and_prompts(config)
+        seconds(ppo, prompts)  # makes the optimizer's state
+        return live_memory(ppo, prompts)[1]
 
 
 CASES = [
@@ -66,6 +83,8 @@ CASES = [
     settings(method="ppo", gradient_checkpointing=True, dtype="bfloat16"),
     settings(method="j_hydra", num_mini_batches=1, single_forward=True),
     settings(method="j_hydra", detach_value=True, prompt_length=30),
+    settings(optim="adamw_bnb_8bit", lora_r=90),
+    settings(optim="adamw_bnb_8bit", method="ppo", dtype="float16"),
 ]
 
 
@@ -87,24 +106,18 @@ def test_the_plan_is_what_a_real_step_of_ppo_holds(config):
         {},
         {"dtype": "bfloat16", "sft_batch_size": 7},
         {"muon_learning_rate": 0.0, "prompt_coef": 0.0},
+        {"muon_learning_rate": 0.0, "optim": "adamw_bnb_8bit"},
         {"gradient_checkpointing": True, "num_hidden_layers": 4},
     ],
 )
 def test_the_plan_is_what_a_real_step_of_supervised_training_holds(stage, changes):
     config = settings(method="hydra" if stage == "hydra_sft" else "dynamic", **changes)
-    torch.manual_seed(0)
-    lm = AutoModelForCausalLM.from_config(model_sizes(config), dtype=torch.float32).eval()
-    tokens = torch.randint(config.vocab_size, (20, config.prompt_length + config.response_length))
-    mask = torch.arange(config.prompt_length) > torch.arange(20)[:, None] % 2
-    answers = tokens[:, config.prompt_length :]
-    columns = (tokens[:, : config.prompt_length], mask), *2 * [(answers, torch.ones_like(answers, dtype=torch.bool))]
-    pairs = Rows(*columns, [""] * 20).pairs(slice(config.sft_batch_size))
     with mixed_precision(config, torch.device("cpu")):
-        supervision = Supervision(config, stage, lm, new_reward_head(lm))
+        supervision, pairs = supervision_and_pairs(config, stage)
         seconds(supervision, pairs)  # makes the optimizers' state
         expected = live_memory(supervision, pairs)[1]["update"]
     if stage == "rm":
-        expected += sum(p.numel() * 4 for p in lm.parameters())  # the SFT model waits for PPO
+        expected += sum(p.numel() * 4 for p in supervision.module.lm.parameters())  # the SFT model waits for PPO
     assert predict(config).totals[stage] == pytest.approx(expected, rel=0.02)
 
 

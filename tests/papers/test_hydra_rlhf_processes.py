@@ -176,6 +176,7 @@ def test_accelerate_launch_shards_trunks(tmp_path, data):
         ({}, "2", "'cost_steps': expected 0 with FSDP"),
         ({"cost_steps": 0, "dtype": "float16"}, "2", "'dtype': expected bfloat16 or float32 with FSDP"),
         ({"cost_steps": 0, "load_in_4bit": True}, "2", "'load_in_4bit': expected False with FSDP"),
+        ({"cost_steps": 0, "optim": "adamw_8bit"}, "2", "'optim': expected adamw_torch with FSDP"),
         ({"cost_steps": 0}, "1", "--fsdp_version 2"),
     ],
 )

@@ -59,6 +59,9 @@ class Config:
     the losses are scaled (torch.amp.GradScaler)."""
     load_in_4bit: bool = False
     """Hold the linear layers of trunks that do not train in 4 bits (NF4, bitsandbytes) in PPO."""
+    optim: Literal["adamw_torch", "adamw_bnb_8bit", "adamw_8bit"] = "adamw_torch"
+    """AdamW: torch's, or bitsandbytes', by either name, which keeps the moments of tensors of at least 4096 elements in
+    8 bits."""
     gradient_checkpointing: bool = False
     """Keep only each layer's input for backward, and compute the layer again there."""
     recompute_activations: bool = True

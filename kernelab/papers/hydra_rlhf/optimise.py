@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from kernelab._core.errors import KernelabError
 from kernelab.experiment.device import from_main, uses_fsdp
 from kernelab.papers.hydra_rlhf.config import Config
+from kernelab.papers.hydra_rlhf.model import import_bitsandbytes
 from kernelab.papers.hydra_rlhf.ppo import (
     RunningMoments,
     advantages,
@@ -50,6 +51,19 @@ def check_finite(phase: str, step: int, metrics: dict[str, float]) -> None:
             f"{phase} step {step}: {broken}. The step was not taken; its numbers are the last line of metrics.jsonl. "
             "Start again with a lower learning rate."
         )
+
+
+def adamw(
+    config: Config, parameters: Iterable[Any], *, fused: bool | None = None, **settings: Any
+) -> torch.optim.Optimizer:
+    """The AdamW that ``optim`` names; ``fused`` is an argument of torch's.
+
+    Raises:
+        KernelabError: bitsandbytes is not installed.
+    """
+    if config.optim == "adamw_torch":
+        return torch.optim.AdamW(parameters, fused=fused, **settings)
+    return import_bitsandbytes().optim.AdamW8bit(parameters, **settings)
 
 
 class Descent:
@@ -109,7 +123,8 @@ class PPO:
             for name, rate in (("actor", config.learning_rate), ("critic", config.critic_learning_rate))
         ]
         parameters = roles.actor_parameters(), roles.critic_parameters()
-        self.optimizer = torch.optim.AdamW(
+        self.optimizer = adamw(
+            config,
             [{"params": each, "lr": rate} for each, rate in zip(parameters, self.rates, strict=True)],
             weight_decay=0.0,
             fused=not uses_fsdp(),  # torch does not mix sharded and whole tensors
@@ -122,9 +137,10 @@ class PPO:
     @property
     def state(self) -> dict[str, Any]:
         """What a checkpoint has to hold."""
+        sharded = isinstance(self.optimizer, torch.optim.AdamW)  # or may be; bitsandbytes' never is
         return {
             "roles": Trained(self.roles),
-            "optimizer": WholeOptimizer(self.optimizer),
+            "optimizer": WholeOptimizer(self.optimizer) if sharded else self.optimizer,
             "scaler": self.descent.scaler,
             "reward_moments": self.moments,
         }

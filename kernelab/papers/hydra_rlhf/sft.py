@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from kernelab.experiment.run import Run
 from kernelab.papers.hydra_rlhf.config import Config
 from kernelab.papers.hydra_rlhf.model import hidden_states, linear_layers, pair_states, rewards
-from kernelab.papers.hydra_rlhf.optimise import Descent, check_finite
+from kernelab.papers.hydra_rlhf.optimise import Descent, adamw, check_finite
 from kernelab.papers.hydra_rlhf.processes import average, replicated, share
 from kernelab.papers.hydra_rlhf.task import Rows
 from kernelab.papers.hydra_rlhf.tokens import Sequences, shuffled
@@ -153,7 +153,7 @@ def sft_optimizers(config: Config, module: Supervised) -> dict[str, torch.optim.
     others = [p for name, p in trained.items() if name not in names]
     decay = {"weight_decay": config.weight_decay}
     made: dict[str, torch.optim.Optimizer] = {
-        "adamw": torch.optim.AdamW(others, lr=config.sft_learning_rate, betas=(0.9, 0.95), **decay)
+        "adamw": adamw(config, others, lr=config.sft_learning_rate, betas=(0.9, 0.95), **decay)
     }
     if matrices:
         made["muon"] = torch.optim.Muon(matrices, lr=config.muon_learning_rate, adjust_lr_fn="match_rms_adamw", **decay)

@@ -64,6 +64,7 @@ def _check_processes(config: Config) -> None:
         return
     for name, refused, expected in (
         ("load_in_4bit", config.load_in_4bit, "False with FSDP, which does not shard 4-bit layers"),
+        ("optim", config.optim != "adamw_torch", "adamw_torch with FSDP, which does not shard moments in 8 bits"),
         ("dtype", config.dtype == "float16", "bfloat16 or float32 with FSDP, whose gradients are not scaled"),
         ("cost_steps", config.cost_steps, "0 with FSDP, whose buffers are not counted"),
     ):
