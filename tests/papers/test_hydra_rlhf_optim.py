@@ -12,8 +12,9 @@ from kernelab.experiment.checkpoint import Checkpoints
 from kernelab.experiment.cli import main
 from kernelab.papers.hydra_rlhf.config import Config
 from kernelab.papers.hydra_rlhf.cost import live_memory, step
-from kernelab.papers.hydra_rlhf.model import mixed_precision, quantize
+from kernelab.papers.hydra_rlhf.model import mixed_precision
 from kernelab.papers.hydra_rlhf.optimise import PPO, Descent, adamw
+from kernelab.papers.hydra_rlhf.quantized import quantize
 from kernelab.papers.hydra_rlhf.sft import Supervision
 from tests.papers.hydra_models import llama
 from tests.papers.test_hydra_rlhf_plan import ppo_and_prompts, settings, supervision_and_pairs

@@ -85,6 +85,11 @@ CASES = [
     settings(method="j_hydra", detach_value=True, prompt_length=30),
     settings(optim="adamw_bnb_8bit", lora_r=90),
     settings(optim="adamw_bnb_8bit", method="ppo", dtype="float16"),
+    *(settings(load_in_4bit=True, method=name) for name in ("ppo", "lora", "hydra")),
+    settings(load_in_4bit=True, method="dynamic", dtype="bfloat16", prompt_length=30),
+    settings(load_in_4bit=True, gradient_checkpointing=True, num_hidden_layers=4),
+    settings(load_in_4bit=True, hidden_size=128, prompt_length=3, response_length=3, batch_size=2),
+    settings(load_in_4bit=True, optim="adamw_8bit", lora_r=90, dtype="float16", recompute_activations=False),
 ]
 
 
@@ -157,10 +162,10 @@ def test_a_model_by_path_and_one_that_is_not_there(tmp_path):
     T5Config().save_pretrained(tmp_path / "t5")
     with pytest.raises(ValueError, match="a causal language model"):
         predict(settings(model=str(tmp_path / "t5")))
+    with pytest.raises(ValueError, match=r"'load_in_4bit'.*Conv1D"):
+        predict(replace(config, load_in_4bit=True))
     with pytest.raises(ValueError, match="llama-7b"):
         predict(settings(model="llama-7"))
-    with pytest.raises(ValueError, match="'load_in_4bit'"):
-        predict(settings(load_in_4bit=True))
 
 
 def test_seven_billion_parameters_take_no_memory_here():
@@ -169,6 +174,12 @@ def test_seven_billion_parameters_take_no_memory_here():
     assert kinds["weights"] == pytest.approx(2 * 6.738e9, rel=1e-3)
     assert kinds["adapters"] == 4 * 2 * 16 * 32 * (4 * 2 * 4096 + 3 * (4096 + 11008))
     assert kinds["optimizer state"] == pytest.approx(2 * kinds["adapters"], rel=1e-3)
+    packed = predict(replace(config, load_in_4bit=True, optim="adamw_8bit")).parts["update"]
+    linear = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008)
+    scales = 1 / 64 + 4 / (64 * 256)  # a byte for each 64 weights, 4 for each 256 bytes
+    assert packed["weights"] == pytest.approx(2 * (6.738e9 - linear) + linear * (1 / 2 + scales), rel=1e-3)
+    assert packed["adapters"] == kinds["adapters"]
+    assert packed["optimizer state"] == pytest.approx((2 + 8 / 256) / 4 * kinds["adapters"], rel=1e-3)
 
 
 @given(

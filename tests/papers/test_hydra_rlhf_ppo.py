@@ -12,8 +12,9 @@ from bitsandbytes.nn import Linear4bit
 
 from kernelab.papers.hydra_rlhf.config import Config
 from kernelab.papers.hydra_rlhf.evaluate import evaluate, token_f1
-from kernelab.papers.hydra_rlhf.model import mixed_precision, quantize
+from kernelab.papers.hydra_rlhf.model import mixed_precision
 from kernelab.papers.hydra_rlhf.optimise import PPO, Descent, TrainingDiverged, check_finite
+from kernelab.papers.hydra_rlhf.quantized import quantize
 from kernelab.papers.hydra_rlhf.reward import RewardFunction
 from kernelab.papers.hydra_rlhf.roles import METHODS, Scores
 from kernelab.papers.hydra_rlhf.rollout import sample_answers

@@ -20,6 +20,7 @@ from kernelab.experiment.run import Run
 from kernelab.papers.hydra_rlhf.config import Config
 from kernelab.papers.hydra_rlhf.fit import most_rows
 from kernelab.papers.hydra_rlhf.optimise import PPO
+from kernelab.papers.hydra_rlhf.quantized import tensors
 from kernelab.papers.hydra_rlhf.roles import METHODS, make_roles
 from kernelab.papers.hydra_rlhf.sft import Supervision
 from kernelab.papers.hydra_rlhf.task import Task
@@ -152,9 +153,7 @@ def live_memory(trainer: PPO | Supervision, batch: Prompts | Pairs) -> tuple[int
     optimizer_state = chain.from_iterable(state.values() for each in optimizers for state in each.state.values())
     trainer.descent.zero_grad()
     with LiveBytes() as live:
-        # state_dict has what belongs to 4-bit weights, buffers what state_dict leaves out
-        held = chain(model.state_dict().values(), model.buffers(), optimizer_state)
-        live.track(filter(torch.is_tensor, held))
+        live.track(filter(torch.is_tensor, chain(tensors(model), optimizer_state)))
         states = live.current
         step(trainer, batch, live.phase)
     return states, live.phases

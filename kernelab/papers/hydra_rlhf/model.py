@@ -12,13 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from kernelab._core.errors import KernelabError, bad_value
+from kernelab._core.errors import bad_value
 from kernelab.papers.hydra_rlhf.processes import whole
 from kernelab.papers.hydra_rlhf.tokens import Sequences, stack
 
 if TYPE_CHECKING:
-    from types import ModuleType
-
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from kernelab.papers.hydra_rlhf.config import Config
@@ -130,36 +128,6 @@ def linear_layers(lm: PreTrainedModel) -> list[str]:
 
     head = lm.get_output_embeddings()
     return [name for name, layer in lm.named_modules() if isinstance(layer, (nn.Linear, Conv1D)) and layer is not head]
-
-
-def import_bitsandbytes() -> ModuleType:
-    """Raises ``KernelabError`` if it is not installed."""
-    try:
-        import bitsandbytes
-    except ImportError as error:
-        raise KernelabError("bitsandbytes is not installed; it comes with: pip install 'kernelab[rlhf]'") from error
-    return bitsandbytes
-
-
-def quantize(lm: PreTrainedModel) -> None:
-    """Puts bitsandbytes' 4-bit layers (NF4, their scales in 8 bits) in the place of the trunk's linear layers.
-
-    Raises:
-        KernelabError: bitsandbytes is not installed.
-        ValueError: a linear layer is transformers' Conv1D, which has no such form.
-    """
-    nn4bit = import_bitsandbytes().nn
-    layers = {name: lm.get_submodule(name) for name in linear_layers(lm)}
-    for name, layer in layers.items():
-        if not isinstance(layer, nn.Linear):
-            raise bad_value("hydra-rlhf", "load_in_4bit", "False, for the model has Conv1D layers", name)
-    for name, layer in layers.items():
-        sizes = layer.in_features, layer.out_features, layer.bias is not None
-        packed = nn4bit.Linear4bit(*sizes, compute_dtype=layer.weight.dtype, quant_type="nf4", device="meta")
-        packed.weight = nn4bit.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
-        packed.bias = layer.bias
-        packed.support_avx512bf16_for_cpu = False  # or its first forward in eval mode rounds the scales, in place
-        lm.set_submodule(name, packed.to(layer.weight.device).train(layer.training))
 
 
 def hidden_states(lm: PreTrainedModel, sequences: Sequences) -> Tensor:

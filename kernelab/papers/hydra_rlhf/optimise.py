@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from kernelab._core.errors import KernelabError
 from kernelab.experiment.device import from_main, uses_fsdp
 from kernelab.papers.hydra_rlhf.config import Config
-from kernelab.papers.hydra_rlhf.model import import_bitsandbytes
 from kernelab.papers.hydra_rlhf.ppo import (
     RunningMoments,
     advantages,
@@ -34,6 +33,7 @@ from kernelab.papers.hydra_rlhf.processes import (
     share,
     synchronised,
 )
+from kernelab.papers.hydra_rlhf.quantized import import_bitsandbytes
 from kernelab.papers.hydra_rlhf.roles import Outputs, Roles, Scores, Trained
 from kernelab.papers.hydra_rlhf.rollout import sample_answers
 from kernelab.papers.hydra_rlhf.tokens import Encoder, Sequences, stack

@@ -20,6 +20,7 @@ from kernelab._core.ledger import Ledger
 from kernelab.papers.hydra_rlhf.config import Config
 from kernelab.papers.hydra_rlhf.model import mixed_precision, new_reward_head, small_llama
 from kernelab.papers.hydra_rlhf.optimise import PPO
+from kernelab.papers.hydra_rlhf.quantized import tensors
 from kernelab.papers.hydra_rlhf.roles import METHODS, Roles
 from kernelab.papers.hydra_rlhf.sft import Supervision
 from kernelab.papers.hydra_rlhf.tokens import Sequences, join
@@ -62,17 +63,15 @@ def predict(config: Config) -> Plan:
     """What a run of one method and one process holds, every answer at its full length; the phase of costs left out.
 
     Bytes of tensors, as :class:`~kernelab._core.memory.LiveBytes` counts them on a CPU: what an allocator rounds up, or
-    a GPU's libraries take for themselves, comes on top.
+    a GPU's libraries take for themselves, comes on top. So does what reading and packing models takes.
 
     Raises:
-        ValueError: the config is for 4-bit layers, which cannot be made without their bytes; or its model is not known.
+        ValueError: the config's model is not known, or has layers that it cannot hold in 4 bits.
 
     >>> plan = predict(Config(method="lora", sft_steps=0, rm_steps=0))
     >>> list(plan.totals), plan.peak > plan.states
     (['answer', 'score', 'update'], True)
     """
-    if config.load_in_4bit:
-        raise bad_value("hydra-rlhf", "load_in_4bit", "False: no 4-bit layer is made without its bytes", True)
     method = METHODS[config.method]
     stages = {"hydra_sft": config.sft_steps} if method.joint else {"sft": config.sft_steps, "rm": config.rm_steps}
     precision = mixed_precision(config, torch.device("cpu"))
@@ -148,7 +147,7 @@ def _ledger(sizes: PreTrainedConfig, trainer: PPO | Supervision, *others: nn.Mod
     states = chain.from_iterable(optimizer.state.values() for optimizer in optimizers)
     words = sizes.get_text_config().vocab_size
     with Ledger(lambda tensor: "logits" if words in tensor.shape[1:] else "activations") as live:
-        live.label("weights", chain(modules.parameters(), modules.buffers()))
+        live.label("weights", tensors(modules))
         live.label("adapters", (p for name, p in modules.named_parameters() if ".lora_" in name))
         live.label("optimizer state", (value for state in states for value in state.values() if torch.is_tensor(value)))
         for parameter in trained:

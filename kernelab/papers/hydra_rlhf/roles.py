@@ -26,9 +26,10 @@ from kernelab.lora import (
     streams,
 )
 from kernelab.papers.hydra_rlhf.config import Config
-from kernelab.papers.hydra_rlhf.model import before_answers, digest, hidden_states, linear_layers, quantize, rewards
+from kernelab.papers.hydra_rlhf.model import before_answers, digest, hidden_states, linear_layers, rewards
 from kernelab.papers.hydra_rlhf.ppo import token_logprobs
 from kernelab.papers.hydra_rlhf.processes import shard, shard_like, whole_state
+from kernelab.papers.hydra_rlhf.quantized import quantize
 from kernelab.papers.hydra_rlhf.tokens import Sequences
 
 if TYPE_CHECKING:
