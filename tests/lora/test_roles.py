@@ -99,6 +99,16 @@ def test_streams_give_each_chunk_its_adapter(mode, place):
     assert_gradients(model, expected(model, ("actor", X, DY_ACTOR), ("critic", Y, DY_CRITIC)))
 
 
+def test_off_rows_of_a_mixed_forward_are_as_exact_as_the_base():
+    exact = dense(stack(), None, X)
+    model = stack().float()
+    plain = dense(model, None, X.float())
+    with streams(model, ["actor", None, "critic"]):
+        mixed = model(X.float().repeat(3, 1, 1))[len(X) : 2 * len(X)]
+    four_ulp = 4 * torch.finfo(torch.float32).eps * exact.abs().max()
+    assert (mixed - exact).abs().max() <= (plain - exact).abs().max() + four_ulp
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_off_gives_adapters_no_gradient_but_inputs_one(mode):
     model = stack()
