@@ -151,6 +151,20 @@ def test_running_moments_are_those_of_all_numbers(draw):
     assert not ppo.RunningMoments().normalize(torch.full((7,), 0.1)).any()
 
 
+@pytest.mark.parametrize(("kl", "factor"), [(-3, 0.9), (4.8, 0.9), (5.4, 0.95), (6, 1), (6.9, 1.075), (99, 1.1)])
+def test_the_coefficient_follows_the_kl(kl, factor):
+    """Within a fifth of the target in proportion, beyond it by no more; here 50 of 100 answers, so by half of that."""
+    coefficient, fixed = ppo.KLCoefficient(0.3, 6.0, 100), ppo.KLCoefficient(0.3, None, 100)
+    for times in (1, 2):
+        coefficient.update(kl, 50)
+        fixed.update(kl, 50)
+        assert coefficient.value == pytest.approx(0.3 * factor**times, rel=1e-14)
+    assert fixed.value == 0.3
+    other = ppo.KLCoefficient(0.3, 6.0, 100)
+    other.load_state_dict(coefficient.state_dict())
+    assert other.value == coefficient.value
+
+
 def test_token_rewards(draw, mask):
     reward, logprob, reference = draw(B), draw(B, R), draw(B, R)
     found = ppo.token_rewards(reward, logprob - reference, mask, 0.3)

@@ -222,6 +222,26 @@ def test_the_estimator_is_the_penalty_of_every_token(trunk, head, sequences, est
             assert float(returned[t]) == pytest.approx(float(scores.reward[row]) - 0.7 * kl, abs=1e-9)
 
 
+@pytest.mark.parametrize("trunk", [llama], indirect=True)
+def test_an_adaptive_coefficient_weighs_the_next_steps_penalty(trunk, head, sequences):
+    changed = {"kl_coef": 0.7, "adaptive_kl_target": 0.4, "adaptive_kl_horizon": 6}
+    ppo = ppo_of(trunk, head, lam=1.0, num_ppo_epochs=1, **changed)
+    seen = seen_by_minibatches(ppo)
+    scores = ppo.score(sequences)
+    per_answer = ((scores.logprob - scores.reference) * sequences.answer_mask).sum(1)
+    scores = replace(scores, reference=scores.logprob - (scores.logprob - scores.reference) * 0.45 / per_answer.mean())
+    coefficients = [0.7, 0.7 * (1 + 0.125 * B / 6)]
+    for step, coefficient in enumerate(coefficients):
+        torch.manual_seed(0)
+        metrics = ppo.update(sequences, scores)
+        assert metrics["kl"] == pytest.approx(0.45)
+        assert metrics["kl_coef"] == pytest.approx(coefficient)
+        torch.manual_seed(0)
+        kl = ((scores.logprob - scores.reference) * sequences.answer_mask).sum(1)
+        returned = (scores.reward - coefficient * kl)[torch.randperm(B)]
+        torch.testing.assert_close(seen[step][3][:, 0], returned, rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize("reward", [0.0, 0.1, -3.7e4])
 @pytest.mark.parametrize("options", [{}, {"normalize_rewards": True}, {"whiten_rewards": True}])
 @pytest.mark.parametrize("trunk", [llama], indirect=True)

@@ -25,7 +25,7 @@ TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}  # what `accelerate launch` sets
 FLAGS = (
     "--batch-size 8 --gradient-accumulation-steps 2 --num-ppo-epochs 2 --normalize-rewards --ppo-steps 3 --rm-steps 4"
-    " --eval-prompts 5"
+    " --eval-prompts 5 --adaptive-kl-target 0.5 --adaptive-kl-horizon 20"
 )
 
 

@@ -162,7 +162,10 @@ def test_twenty_kills_at_random_moments_cost_nothing(finished, tmp_path, data):
     assert runs
 
 
-ALL = "--method all --ppo-steps 2 --rm-steps 4 --normalize-rewards --num-ppo-epochs 2 --target-kl 0.05"
+ALL = (
+    "--method all --ppo-steps 2 --rm-steps 4 --normalize-rewards --num-ppo-epochs 2 --target-kl 0.05 "
+    "--adaptive-kl-target 0.5 --adaptive-kl-horizon 6"
+)
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +186,8 @@ def test_all_methods_side_by_side(all_methods):
     for name in METHODS:
         assert abs(first[f"ppo_{name}"]["kl"]) < 1e-5
         assert first[f"ppo_{name}"]["ratio_error"] < 1e-5
+        weights = [line["kl_coef"] for line in records(all_methods) if line["phase"] == f"ppo_{name}"]
+        assert weights == pytest.approx([0.05, 0.04])
     unmoved = [claim for claim in result["claims"] if "sha256" in claim["name"]]
     assert len(unmoved) == 5
     assert all(claim["passed"] for claim in unmoved)
@@ -289,6 +294,9 @@ def test_a_python_function_as_the_reward(tmp_path, data, monkeypatch):
         (["--single-forward"], "num_mini_batches"),
         (["--detach-value"], "j_hydra"),
         (["--target-kl", "0"], "target_kl"),
+        (["--adaptive-kl-target", "0"], "adaptive_kl_target"),
+        (["--adaptive-kl-target", "6", "--adaptive-kl-horizon", "5"], "at least batch_size=6"),
+        (["--adaptive-kl-target", "6", "--kl-coef", "0"], "kl_coef"),
         (["--lam", "1.5"], "lam"),
         (["--learning-rate", "0"], "learning_rate"),
         (["--num-mini-batches", "4"], "equal parts of batch_size=6"),

@@ -21,7 +21,7 @@ _POSITIVE = (
         "cliprange_value",
         "temperature",
     ),
-    *("gradient_accumulation_steps", "lora_r", "lora_alpha"),
+    *("gradient_accumulation_steps", "lora_r", "lora_alpha", "adaptive_kl_horizon"),
 )
 _NOT_NEGATIVE = (
     *("sft_steps", "rm_steps", "sft_coef", "center_rewards_coefficient", "prompt_coef", "weight_decay", "ppo_steps"),
@@ -114,6 +114,11 @@ class Config:
     """Of the KL to the reference, from each token: k1 is -l, k3 is exp(l) - 1 - l, l = log(reference / policy)."""
     target_kl: float | None = None
     """KL of the policy to that of the rollout at which a step's epochs end, in nats a token (k3); none: they do not."""
+    adaptive_kl_target: float | None = None
+    """KL to the reference, in nats an answer (k1), that kl_coef is adapted to, beginning with its value here; none: it
+    is not. Each step multiplies it by 1 + clip(KL / target - 1, -0.2, 0.2) * batch_size / adaptive_kl_horizon."""
+    adaptive_kl_horizon: int = 10_000
+    """Answers in which a KL that is far off changes kl_coef by a fifth."""
     cliprange: float = 0.2
     cliprange_value: float = 0.2
     vf_coef: float = 0.1
@@ -162,8 +167,15 @@ class Config:
         ):
             if self.batch_size % parts:
                 raise bad_value("hydra-rlhf", name, f"equal parts of batch_size={self.batch_size}", f"{parts} parts")
-        if self.target_kl is not None and not self.target_kl > 0:
-            raise bad_value("hydra-rlhf", "target_kl", "more than 0, or none", self.target_kl)
+        for name in ("target_kl", "adaptive_kl_target"):
+            if (target := getattr(self, name)) is not None and not target > 0:
+                raise bad_value("hydra-rlhf", name, "more than 0, or none", target)
+        if self.adaptive_kl_target is not None:
+            if not self.kl_coef:
+                raise bad_value("hydra-rlhf", "kl_coef", "more than 0 with adaptive_kl_target, which multiplies it", 0)
+            if self.adaptive_kl_horizon < self.batch_size:
+                expected = f"at least batch_size={self.batch_size}"
+                raise bad_value("hydra-rlhf", "adaptive_kl_horizon", expected, self.adaptive_kl_horizon)
         once = ("num_ppo_epochs", "num_mini_batches", "gradient_accumulation_steps")
         if self.single_forward and (name := next((name for name in once if getattr(self, name) > 1), None)):
             raise bad_value("hydra-rlhf", name, "1 with single_forward", getattr(self, name))

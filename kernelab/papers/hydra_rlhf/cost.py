@@ -111,6 +111,7 @@ class _Contender:
 
 
 def _contenders(config: Config, task: Task, phase: str) -> Iterator[_Contender]:
+    config = replace(config, adaptive_kl_target=None)  # its horizon is for the config's own batch
     for name in config.cost_methods:
         contender = _contender(config, task, name)
         if phase == "cost":

@@ -14,6 +14,7 @@ from kernelab._core.errors import KernelabError
 from kernelab.experiment.device import from_main, uses_fsdp
 from kernelab.papers.hydra_rlhf.config import Config
 from kernelab.papers.hydra_rlhf.ppo import (
+    KLCoefficient,
     RunningMoments,
     advantages,
     kl_estimates,
@@ -132,6 +133,7 @@ class PPO:
         groups = {"actor_norm": roles.actor_parameters(), "critic_norm": roles.critic_parameters()}
         self.descent = Descent(config, [self.optimizer], groups)
         self.moments = RunningMoments()
+        self.kl_coef = KLCoefficient(config.kl_coef, config.adaptive_kl_target, config.adaptive_kl_horizon)
         self.model = replicated(roles)
 
     @property
@@ -143,6 +145,7 @@ class PPO:
             "optimizer": WholeOptimizer(self.optimizer) if sharded else self.optimizer,
             "scaler": self.descent.scaler,
             "reward_moments": self.moments,
+            "kl_coef": self.kl_coef,
         }
 
     def decay(self, remaining: float) -> None:
@@ -185,7 +188,7 @@ class PPO:
         reward = self.moments.normalize(scores.reward) if config.normalize_rewards else scores.reward
         reward = reward - config.missing_eos_penalty * unfinished
         kl = kl_estimates(scores.logprob, scores.reference, config.kl_estimator)
-        rewards = token_rewards(reward, kl, mask, config.kl_coef)
+        rewards = token_rewards(reward, kl, mask, self.kl_coef.value)
         if config.whiten_rewards:
             rewards = whiten(rewards, mask, shift_mean=False)
         advantage, returns = advantages(rewards, scores.value, mask, config.gamma, config.lam)
@@ -193,6 +196,7 @@ class PPO:
         metrics = {
             "reward": scores.reward.mean().item(),
             "kl": ((scores.logprob - scores.reference) * mask).sum(1).mean().item(),
+            "kl_coef": self.kl_coef.value,
             "tokens": mask.sum(1).float().mean().item(),
             "unfinished": unfinished.float().mean().item(),
         }
@@ -204,6 +208,7 @@ class PPO:
                 return metrics | losses[-1]
             if self._is_far(losses[-1]):
                 break
+        self.kl_coef.update(metrics["kl"], len(sequences))
         metrics["ratio_error"] = losses[0]["ratio_error"]  # the actor has not moved yet: the ratio should be 1
         metrics["minibatches"] = len(losses)
         mean = {name: sum(loss[name] for loss in losses) / len(losses) for name in losses[0]}

@@ -51,7 +51,8 @@ def largest_batch(config: Config, memory: float) -> Plan | None:
     plans: dict[int, Plan] = {}
 
     def peak(rows: int) -> int:
-        plans[rows] = predict(replace(config, batch_size=rows * parts, sft_steps=0, rm_steps=0))
+        changed = replace(config, batch_size=rows * parts, sft_steps=0, rm_steps=0, adaptive_kl_target=None)
+        plans[rows] = predict(changed)
         return plans[rows].peak
 
     return plans.get(most_rows(peak, memory, config.batch_size // parts))

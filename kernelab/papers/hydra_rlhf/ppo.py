@@ -92,6 +92,34 @@ def value_loss(value: Tensor, old: Tensor, returns: Tensor, mask: Tensor, clipra
     return 0.5 * masked_mean(torch.max((value - returns).square(), (clipped - returns).square()), mask)
 
 
+class KLCoefficient:
+    """The weight of the KL penalty, which follows the KL if it has a target (Ziegler et al., arXiv 1909.08593, 2.2).
+
+    ``value <- value (1 + clip(kl / target - 1, -0.2, 0.2) answers / horizon)``; it stays positive while there are fewer
+    than ``5 horizon`` answers at a time.
+
+    >>> coefficient = KLCoefficient(0.1, target=6.0, horizon=1000)
+    >>> coefficient.update(kl=60.0, answers=500)
+    >>> round(coefficient.value, 6)
+    0.11
+    """
+
+    def __init__(self, value: float, target: float | None, horizon: int):
+        self.value, self.target, self.horizon = value, target, horizon
+
+    def update(self, kl: float, answers: int) -> None:
+        """Takes note of the mean KL of so many answers."""
+        if self.target is not None:
+            error = min(max(kl / self.target - 1, -0.2), 0.2)
+            self.value *= 1 + error * answers / self.horizon
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"value": self.value}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.value = state["value"]
+
+
 class RunningMoments:
     """Mean and variance of all numbers seen so far (Chan, Golub and LeVeque, 1983), in double precision.
 
