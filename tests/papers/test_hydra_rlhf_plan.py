@@ -36,11 +36,13 @@ def settings(**changed) -> Config:
     return Config(**{**SIZES, **LENGTHS, "lora_r": 4, "sft_batch_size": 3, **changed})
 
 
-def ppo_and_prompts(config: Config) -> tuple[PPO, tuple[torch.Tensor, torch.Tensor]]:
+def ppo_and_prompts(
+    config: Config, reward: torch.nn.Module | None = None
+) -> tuple[PPO, tuple[torch.Tensor, torch.Tensor]]:
     """A trainer whose answers do not end early, and a batch for it."""
     torch.manual_seed(0)
     lm = AutoModelForCausalLM.from_config(model_sizes(config), dtype=getattr(torch, config.dtype)).eval()
-    roles = Roles(METHODS[config.method], lm, new_reward_head(lm), config)
+    roles = Roles(METHODS[config.method], lm, new_reward_head(lm), config, reward_function=reward)
     never = SimpleNamespace(end=-1, pad=0, response_length=config.response_length)
     tokens = torch.randint(config.vocab_size, (config.batch_size, config.prompt_length))
     mask = torch.arange(config.prompt_length) > torch.arange(config.batch_size)[:, None] % 2  # some are shorter
@@ -58,10 +60,10 @@ def supervision_and_pairs(config: Config, stage: str) -> tuple[Supervision, tupl
     return Supervision(config, stage, lm, new_reward_head(lm)), pairs
 
 
-def measured(config: Config) -> dict[str, int]:
+def measured(config: Config, reward: torch.nn.Module | None = None) -> dict[str, int]:
     """Peak bytes of the parts of the second step of a real run."""
     with mixed_precision(config, torch.device("cpu")):
-        ppo, prompts = ppo_and_prompts(config)
+        ppo, prompts = ppo_and_prompts(config, reward)
         seconds(ppo, prompts)  # makes the optimizer's state
         return live_memory(ppo, prompts)[1]
 

@@ -133,6 +133,9 @@ class Config:
     reward: str | None = None
     """package.module:function that takes the texts of prompts and of answers, two lists, and returns a number for each:
     used in PPO instead of the reward model."""
+    reward_model_path: str | None = None
+    """A transformers sequence classifier with one label and its tokenizer, by path: used in PPO instead of the reward
+    model. It reads a prompt and its answer as one text without special tokens; of one that is too long, the end."""
     normalize_rewards: bool = False
     """Give all rewards so far the mean 0 and the variance 1, before missing_eos_penalty is taken."""
     temperature: float = 1.0
@@ -176,6 +179,8 @@ class Config:
             if self.adaptive_kl_horizon < self.batch_size:
                 expected = f"at least batch_size={self.batch_size}"
                 raise bad_value("hydra-rlhf", "adaptive_kl_horizon", expected, self.adaptive_kl_horizon)
+        if self.reward is not None and self.reward_model_path is not None:
+            raise bad_value("hydra-rlhf", "reward_model_path", "none with a reward", self.reward_model_path)
         once = ("num_ppo_epochs", "num_mini_batches", "gradient_accumulation_steps")
         if self.single_forward and (name := next((name for name in once if getattr(self, name) > 1), None)):
             raise bad_value("hydra-rlhf", name, "1 with single_forward", getattr(self, name))
@@ -185,6 +190,11 @@ class Config:
             raise bad_value("hydra-rlhf", "cost_methods", "at least one method, or cost_steps=0", "none")
         if self.hidden_size % (2 * self.num_attention_heads):
             raise bad_value("hydra-rlhf", "hidden_size", "an even number for each attention head", self.hidden_size)
+
+    @property
+    def reward_is_given(self) -> bool:
+        """Whether PPO's rewards come from elsewhere than a reward model of the run's own."""
+        return self.reward is not None or self.reward_model_path is not None
 
 
 PRESETS = {

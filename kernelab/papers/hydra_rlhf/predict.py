@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import chain, count
@@ -13,7 +13,14 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from kernelab._core.errors import bad_value
 from kernelab._core.ledger import Ledger
@@ -21,6 +28,7 @@ from kernelab.papers.hydra_rlhf.config import Config
 from kernelab.papers.hydra_rlhf.model import mixed_precision, new_reward_head, small_llama
 from kernelab.papers.hydra_rlhf.optimise import PPO
 from kernelab.papers.hydra_rlhf.quantized import tensors
+from kernelab.papers.hydra_rlhf.reward import classify, context
 from kernelab.papers.hydra_rlhf.roles import METHODS, Roles
 from kernelab.papers.hydra_rlhf.sft import Supervision
 from kernelab.papers.hydra_rlhf.tokens import Sequences, join
@@ -62,6 +70,7 @@ class Plan:
 def predict(config: Config) -> Plan:
     """What a run of one method and one process holds, every answer at its full length; the phase of costs left out.
 
+    A classifier at ``reward_model_path`` reads as many tokens as the policy, though its own tokenizer may make more.
     Bytes of tensors, as :class:`~kernelab._core.memory.LiveBytes` counts them on a CPU: what an allocator rounds up, or
     a GPU's libraries take for themselves, comes on top. So does what reading and packing models takes.
 
@@ -73,26 +82,54 @@ def predict(config: Config) -> Plan:
     (['answer', 'score', 'update'], True)
     """
     method = METHODS[config.method]
-    stages = {"hydra_sft": config.sft_steps} if method.joint else {"sft": config.sft_steps, "rm": config.rm_steps}
+    rm_steps = 0 if config.reward_is_given else config.rm_steps
+    stages = {"hydra_sft": config.sft_steps} if method.joint else {"sft": config.sft_steps, "rm": rm_steps}
     precision = mixed_precision(config, torch.device("cpu"))
     with torch.random.fork_rng(devices=[]), _Sizes(), precision, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # deepcopy asks for it
         sizes = model_sizes(config)
-        parts = {stage: _supervised(config, sizes, stage) for stage, steps in stages.items() if steps}
-        return Plan(config, parts | _ppo(config, sizes))
+        reward = _given_reward(config)
+        parts = {stage: _supervised(config, sizes, stage, reward) for stage, steps in stages.items() if steps}
+        return Plan(config, parts | _ppo(config, sizes, reward))
 
 
 def model_sizes(config: Config) -> PreTrainedConfig:
     """The sizes of the config's trunk. Nothing is downloaded."""
     if config.model is None:
         return small_llama(config, SimpleNamespace(tokenizer=range(config.vocab_size), end=0, pad=0)).config
-    if config.model in MODELS:
-        return MODELS[config.model]
+    return MODELS.get(config.model) or _settings("model", config.model, f", or one of {', '.join(MODELS)}")
+
+
+def _settings(argument: str, path: str, otherwise: str = "") -> PreTrainedConfig:
     try:
-        return AutoConfig.from_pretrained(config.model, local_files_only=True)
+        return AutoConfig.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError) as error:
-        expected = f"the folder or file of a transformers config, or one of {', '.join(MODELS)}"
-        raise bad_value("hydra-rlhf", "model", expected, config.model) from error
+        expected = f"the folder or file of a transformers config{otherwise}"
+        raise bad_value("hydra-rlhf", argument, expected, path) from error
+
+
+class _Classifier(nn.Module):
+    """What is at ``reward_model_path``; a text has as many of its tokens as of the policy's."""
+
+    def __init__(self, path: str, dtype: torch.dtype):
+        super().__init__()
+        sizes = _settings("reward_model_path", path)
+        try:
+            lm = AutoModelForSequenceClassification.from_config(sizes, dtype=dtype)
+        except ValueError as error:
+            raise bad_value("hydra-rlhf", "reward_model_path", "the config of a sequence classifier", path) from error
+        self.lm = lm.eval().requires_grad_(False)
+        self.lm.config.get_text_config().pad_token_id = 0
+        self.length = context(sizes)
+
+    def forward(self, sequences: Sequences) -> Tensor:
+        return classify(self.lm, sequences.tokens[:, -self.length :], sequences.mask[:, -self.length :].long())
+
+
+def _given_reward(config: Config) -> Callable[[Sequences], Tensor] | None:
+    if config.reward_model_path is not None:
+        return _Classifier(config.reward_model_path, getattr(torch, config.dtype))
+    return (lambda sequences: torch.ones(len(sequences))) if config.reward else None
 
 
 def _trunk(config: Config, sizes: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -106,20 +143,24 @@ def _trunk(config: Config, sizes: PreTrainedConfig, dtype: torch.dtype) -> PreTr
         raise bad_value("hydra-rlhf", "model", "the config of a causal language model", config.model) from error
 
 
-def _supervised(config: Config, sizes: PreTrainedConfig, stage: str) -> dict[str, int]:
+def _supervised(
+    config: Config, sizes: PreTrainedConfig, stage: str, reward: Callable[[Sequences], Tensor] | None
+) -> dict[str, int]:
     lm = _trunk(config, sizes, torch.float32)
-    other = [copy.deepcopy(lm).requires_grad_(False)] if stage == "rm" else []  # the SFT model waits for PPO
+    waiting = [copy.deepcopy(lm).requires_grad_(False)] if stage == "rm" else []  # the SFT model, for PPO
+    waiting += [reward] if isinstance(reward, nn.Module) else []
     supervision = Supervision(config, stage, lm, new_reward_head(lm))
-    with _ledger(sizes, supervision, *other) as live, live.phase(stage):
+    with _ledger(sizes, supervision, *waiting) as live, live.phase(stage):
         prompts, answers = (_ones(config.sft_batch_size, length) for length in _lengths(config))
         supervision.gradients(join(prompts, answers), join(prompts, answers))
         supervision.descent.step()
     return live.at_peak(stage)
 
 
-def _ppo(config: Config, sizes: PreTrainedConfig) -> dict[str, dict[str, int]]:
+def _ppo(
+    config: Config, sizes: PreTrainedConfig, reward: Callable[[Sequences], Tensor] | None
+) -> dict[str, dict[str, int]]:
     lm = _trunk(config, sizes, getattr(torch, config.dtype))
-    reward = (lambda sequences: torch.ones(len(sequences))) if config.reward else None
     roles = Roles(METHODS[config.method], lm, new_reward_head(lm), config, reward_function=reward)
     ppo = PPO(roles, SimpleNamespace(end=0, pad=0, response_length=config.response_length), _few_parts(config))
     with _ledger(sizes, ppo) as live:

@@ -149,7 +149,7 @@ class Roles(nn.Module):
         lm: the language model to begin from; the first trunk made of it is ``lm`` itself, with adapters put in place.
         head: the reward head.
         reward_lm: the model under ``head``, and so under the critic; None: ``lm``.
-        reward_function: rewards [B] of answers, instead of the reward model's.
+        reward_function: rewards [B] of answers, instead of the reward model's; may be a module that does not train.
     """
 
     def __init__(

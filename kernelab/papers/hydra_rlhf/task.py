@@ -15,7 +15,7 @@ from kernelab.experiment.device import accelerator
 from kernelab.papers.hydra_rlhf.config import Config
 from kernelab.papers.hydra_rlhf.data import Preference, read_preferences, standard_library
 from kernelab.papers.hydra_rlhf.model import load_hydra, new_reward_head, small_llama
-from kernelab.papers.hydra_rlhf.reward import RewardFunction
+from kernelab.papers.hydra_rlhf.reward import RewardFunction, RewardModel, given_reward
 from kernelab.papers.hydra_rlhf.roles import chosen_methods
 from kernelab.papers.hydra_rlhf.tokens import Encoder, Sequences, join, train_tokenizer
 
@@ -88,7 +88,7 @@ class Task:
     held_out_pairs: Rows
     held_out_questions: Questions
     reward_lm: PreTrainedModel | None = None
-    reward_function: RewardFunction | None = None
+    reward_function: RewardFunction | RewardModel | None = None
 
     def copied(self) -> Task:
         """The same task with models of its own."""
@@ -127,13 +127,13 @@ def prepare(config: Config) -> Task:
         questions=Questions.of(data.train, pairs),
         held_out_pairs=held_out,
         held_out_questions=Questions.of(data.held_out, held_out, config.eval_prompts),
-        reward_function=RewardFunction(config.reward, encoder) if config.reward else None,
+        reward_function=given_reward(config, encoder, device),
     )
 
 
 def _head_needs(config: Config) -> str | None:
     """The setting that leaves a new reward head untrained though a reward is read from it."""
-    if config.reward is not None:
+    if config.reward_is_given:
         return None
     steps = {"sft_steps" if method.joint else "rm_steps" for method in chosen_methods(config).values()}
     return next((name for name in sorted(steps) if not getattr(config, name)), None)

@@ -150,6 +150,10 @@ class Encoder:
         end = sequences.prompt_length
         return self._texts(sequences.tokens[:, :end], sequences.mask[:, :end])
 
+    def decode_whole(self, sequences: Sequences) -> list[str]:
+        """Each prompt, as far as it was kept, and its answer as one text."""
+        return self._texts(sequences.tokens, sequences.mask)
+
     def _texts(self, tokens: Tensor, mask: Tensor) -> list[str]:
         rows = [ids[keep].tolist() for ids, keep in zip(tokens, mask, strict=True)]
         return [text.strip() for text in self.tokenizer.batch_decode(rows, skip_special_tokens=True)]
