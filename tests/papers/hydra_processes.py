@@ -24,6 +24,12 @@ def answers_of(lm, prompts, encoder, temperature):
     return join(prompts, (answers, columns <= 1 + seeds % encoder.response_length))
 
 
+def longer(prompts, answers, baseline):
+    """A judge, to be asked once."""
+    assert os.environ.get("RANK", "0") == "0"
+    return [0.5 + 0.5 * (len(answer) > len(other)) for answer, other in zip(answers, baseline, strict=True)]
+
+
 def killing(log, phase, step):
     def logged(run, at, values):
         log(run, at, values)

@@ -45,7 +45,7 @@ def data(tmp_path_factory):
     [
         "--method all --gradient-checkpointing --target-kl 1e-3 --cost-steps 0",
         "--method j_hydra --single-forward --num-ppo-epochs 1 --num-mini-batches 1 --gradient-accumulation-steps 1"
-        " --cost-steps 0",
+        " --cost-steps 0 --judge hydra_processes:longer",
     ],
 )
 def test_two_processes_obtain_what_one_does(tmp_path, data, flags):
@@ -66,7 +66,7 @@ def check_same_numbers(folder, one):
     assert (found["processes"], wanted["processes"]) == (2, 1)
     assert all(claim["passed"] for claim in found["claims"] if "sha256" in claim["name"])
     for name, numbers in wanted["summary"]["methods"].items():
-        for score in ("reward", "gold"):
+        for score in ("reward", "gold", "win_rate"):
             assert found["summary"]["methods"][name][score] == pytest.approx(numbers[score], rel=1e-4, abs=1e-5)
 
 

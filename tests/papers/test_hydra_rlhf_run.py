@@ -77,7 +77,10 @@ def test_a_run_leaves_everything_it_promises(finished):
     assert claims["Hydra-PPO leaves the sha256 of what does not train"]["passed"]
     assert claims["the policy ratio of Hydra-PPO is 1 before the first update"]["obtained"] < 1e-5
     assert result["summary"]["win_rate_against"] == "Hydra-SFT"
-    assert 0 <= result["summary"]["methods"]["hydra"]["win_rate"] <= 1
+    assert result["summary"]["judge"] is None
+    (rate,) = result["summary"]["methods"]["hydra"]["win_rate"].items()
+    assert rate[0] == "gold"
+    assert 0 <= rate[1] <= 1
     lora, hydra = result["summary"]["costs"]
     assert hydra["states"] < lora["states"]
     assert set(hydra["seconds"]) == set(hydra["peaks"]) == {"answer", "score", "update"}
@@ -291,6 +294,8 @@ def test_a_python_function_as_the_reward(tmp_path, data, monkeypatch):
         (["--method", "lora", "--rm-steps", "0"], "no reward head"),
         (["--reward", "no.such.module:function"], "no.such.module"),
         (["--reward", "json"], "package.module:function"),
+        (["--judge", "no.such.module:function"], "'judge': expected package.module:function"),
+        (["--reward-model-path", "no/such/folder"], "no/such/folder"),
         (["--single-forward"], "num_mini_batches"),
         (["--detach-value"], "j_hydra"),
         (["--target-kl", "0"], "target_kl"),

@@ -142,6 +142,9 @@ class Config:
     missing_eos_penalty: float = 0.0
     """Taken from the reward of an answer that does not end within response_length."""
 
+    judge: str | None = None
+    """package.module:function that takes the texts of prompts, of answers, and of a baseline's answers, three lists,
+    and returns for each the share that the answer wins, from 0 to 1: asked in both orders after PPO, for win rates."""
     eval_prompts: int = 0
     """Held-out prompts that are answered before and after PPO, and held-out pairs that are ranked; 0: all."""
     cost_steps: int = 5

@@ -21,13 +21,17 @@ from kernelab.papers.hydra_rlhf.task import Task
 
 @dataclass(frozen=True)
 class Result:
-    """What one method obtained: held-out pairs that its reward model ranks right, answers before and after PPO."""
+    """What one method obtained: held-out pairs that its reward model ranks right, answers before and after PPO.
+
+    ``judged`` [N] is the share of each prompt that the answers after PPO win, if a judge was asked.
+    """
 
     method: str
     ranked: Tensor | None
     before: Evaluation
     after: Evaluation
     digests: tuple[str, str]
+    judged: Tensor | None = None
 
     @property
     def title(self) -> str:
@@ -39,19 +43,27 @@ class Result:
         return "Hydra-SFT" if METHODS[self.method].joint else "SFT"
 
     def summary(self, baseline: Evaluation) -> dict[str, Any]:
-        """Means, and the share of prompts where the gold score is above the baseline's; equal ones count half."""
+        """Means, and the shares of prompts won against the baseline, where equal gold scores count half."""
         ahead = self.after.gold - baseline.gold
+        win_rate = {"gold": ((ahead > 0).double() + 0.5 * (ahead == 0)).mean().item()}
+        if self.judged is not None:
+            win_rate["judge"] = self.judged.mean().item()
         return {
             "ranking_accuracy": None if self.ranked is None else self.ranked.mean().item(),
             "reward": {"before": self.before.reward.mean().item(), "after": self.after.reward.mean().item()},
             "gold": {"before": self.before.gold.mean().item(), "after": self.after.gold.mean().item()},
-            "win_rate": ((ahead > 0).double() + 0.5 * (ahead == 0)).mean().item(),
+            "win_rate": win_rate,
         }
+
+
+def baseline_of(results: list[Result]) -> Result:
+    """The one whose start, an SFT model if there is one, all win against or lose to."""
+    return next((result for result in results if result.start == "SFT"), results[0])
 
 
 def report(run: Run, task: Task, results: list[Result], costs: tuple[list[Cost], list[Cost]]) -> dict[str, Any]:
     """Adds the claims and figures, prints the tables, and returns the summary."""
-    baseline = next((result for result in results if result.start == "SFT"), results[0])
+    baseline = baseline_of(results)
     methods = {result.method: result.summary(baseline.before) for result in results}
     for result in {result.start: result for result in results}.values():
         if result.ranked is not None:
@@ -76,6 +88,7 @@ def report(run: Run, task: Task, results: list[Result], costs: tuple[list[Cost],
         "held_out_pairs": len(task.held_out_pairs) if baseline.ranked is None else len(baseline.ranked),
         "held_out_prompts": len(baseline.after.answers),
         "win_rate_against": baseline.start,
+        "judge": run.config.judge,
         "methods": methods,
         "costs": _cost_summary(costs[0]),
         "costs_at_largest_batch": _cost_summary(costs[1]),
@@ -123,16 +136,17 @@ def _claim_gain(run: Run, name: str, gain: Difference) -> None:
 def _scores(results: list[Result], baseline: Result, methods: dict[str, dict[str, Any]]) -> Table:
     count = len(baseline.after.answers)
     made = Table(
-        title=f"answers to {count} held-out prompts; difference ± standard error; wins: gold against {baseline.start}"
+        title=f"answers to {count} held-out prompts; difference ± standard error; wins against {baseline.start}"
     )
-    for column in ("", "from", "reward", "difference", "gold", "difference", "wins"):
+    wins = [f"wins by {name}" for name in methods[baseline.method]["win_rate"]]
+    for column in ("", "from", "reward", "difference", "gold", "difference", *wins):
         made.add_column(column, justify="right" if column not in ("", "from") else "left")
     for result in results:
         row = [result.title, result.start]
         for name in ("reward", "gold"):
             first, last = getattr(result.before, name), getattr(result.after, name)
             row += [f"{last.mean():.4f}", str(difference(last, first))]
-        made.add_row(*row, f"{methods[result.method]['win_rate']:.1%}")
+        made.add_row(*row, *(f"{rate:.1%}" for rate in methods[result.method]["win_rate"].values()))
     return made
 
 

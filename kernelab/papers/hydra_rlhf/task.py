@@ -14,9 +14,11 @@ from kernelab._core.errors import bad_value
 from kernelab.experiment.device import accelerator
 from kernelab.papers.hydra_rlhf.config import Config
 from kernelab.papers.hydra_rlhf.data import Preference, read_preferences, standard_library
+from kernelab.papers.hydra_rlhf.judge import new_judge
 from kernelab.papers.hydra_rlhf.model import load_hydra, new_reward_head, small_llama
 from kernelab.papers.hydra_rlhf.reward import RewardFunction, RewardModel, given_reward
 from kernelab.papers.hydra_rlhf.roles import chosen_methods
+from kernelab.papers.hydra_rlhf.text_function import TextFunction
 from kernelab.papers.hydra_rlhf.tokens import Encoder, Sequences, join, train_tokenizer
 
 Padded = tuple[Tensor, Tensor]
@@ -67,6 +69,10 @@ class Questions:
     def __len__(self) -> int:
         return len(self.truths)
 
+    def texts(self, encoder: Encoder) -> list[str]:
+        """The prompts as text, as far as they were kept."""
+        return encoder.decode_prompts(Sequences(*self.prompts, prompt_length=encoder.prompt_length))
+
     def __getitem__(self, rows: Tensor) -> Questions:
         tokens, mask = self.prompts
         return Questions((tokens[rows], mask[rows]), [self.truths[row] for row in rows.tolist()])
@@ -77,7 +83,7 @@ class Task:
     """The models and their data: preference pairs to learn from, questions to answer, and as much that is held out.
 
     ``head`` reads rewards from ``reward_lm``, or from ``lm`` where there is none; PPO asks the ``reward_function``
-    instead, if there is one.
+    instead, if there is one. The ``judge`` compares answers with a baseline's.
     """
 
     lm: PreTrainedModel
@@ -89,6 +95,7 @@ class Task:
     held_out_questions: Questions
     reward_lm: PreTrainedModel | None = None
     reward_function: RewardFunction | RewardModel | None = None
+    judge: TextFunction | None = None
 
     def copied(self) -> Task:
         """The same task with models of its own."""
@@ -128,6 +135,7 @@ def prepare(config: Config) -> Task:
         held_out_pairs=held_out,
         held_out_questions=Questions.of(data.held_out, held_out, config.eval_prompts),
         reward_function=given_reward(config, encoder, device),
+        judge=new_judge(config.judge) if config.judge is not None else None,
     )
 
 

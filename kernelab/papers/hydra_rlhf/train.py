@@ -16,9 +16,10 @@ from kernelab.experiment.run import Run
 from kernelab.papers.hydra_rlhf.config import Config
 from kernelab.papers.hydra_rlhf.cost import compare
 from kernelab.papers.hydra_rlhf.evaluate import Evaluation, evaluate, ranking, token_f1s
+from kernelab.papers.hydra_rlhf.judge import judged
 from kernelab.papers.hydra_rlhf.model import mixed_precision, save_hydra
 from kernelab.papers.hydra_rlhf.optimise import PPO, check_finite
-from kernelab.papers.hydra_rlhf.report import Result, report
+from kernelab.papers.hydra_rlhf.report import Result, baseline_of, report
 from kernelab.papers.hydra_rlhf.roles import Roles, chosen_methods, make_roles
 from kernelab.papers.hydra_rlhf.sft import supervise
 from kernelab.papers.hydra_rlhf.task import Task, prepare
@@ -51,6 +52,12 @@ def train(config: Config, run: Run) -> dict[str, Any]:
             roles.save(run.folder / "adapters" / (name if len(methods) > 1 else ""))
             digests = digest, roles.base_digest()
             results.append(Result(name, ranked[method.joint], before[method.joint], after, digests))
+    if task.judge is not None:
+        prompts, baseline = task.held_out_questions.texts(task.encoder), baseline_of(results).before.answers
+        results = [
+            replace(result, judged=judged(run, result.method, task.judge, prompts, result.after.answers, baseline))
+            for result in results
+        ]
     return report(run, task, results, costs)
 
 
