@@ -18,7 +18,9 @@ LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--npro
 
 def launch(*arguments):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*LAUNCH, *arguments], capture_output=True, text=True, check=False, env=environment, cwd=ROOT)
+    return subprocess.run(
+        [*LAUNCH, *arguments], capture_output=True, text=True, check=False, env=environment, cwd=ROOT, timeout=600
+    )
 
 
 def test_two_processes_write_one_run_and_resume_it(tmp_path):

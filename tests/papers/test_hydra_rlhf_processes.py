@@ -32,7 +32,7 @@ FLAGS = (
 def launch(launcher, *arguments, program=(hydra_processes.__file__,), **variables):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
     program = [sys.executable, *launcher, *program, *arguments]
-    return subprocess.run(program, capture_output=True, text=True, check=False, env=environment, cwd=ROOT)
+    return subprocess.run(program, capture_output=True, text=True, check=False, env=environment, cwd=ROOT, timeout=600)
 
 
 @pytest.fixture(scope="module")

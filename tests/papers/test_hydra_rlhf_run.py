@@ -78,6 +78,7 @@ def test_a_run_leaves_everything_it_promises(finished):
     assert claims["the policy ratio of Hydra-PPO is 1 before the first update"]["obtained"] < 1e-5
     assert result["summary"]["win_rate_against"] == "Hydra-SFT"
     assert result["summary"]["judge"] is None
+    assert result["summary"]["methods"]["hydra"]["kl"] == records(finished)[-1]["kl"]
     (rate,) = result["summary"]["methods"]["hydra"]["win_rate"].items()
     assert rate[0] == "gold"
     assert 0 <= rate[1] <= 1

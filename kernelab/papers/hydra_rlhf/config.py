@@ -12,16 +12,8 @@ MethodName = Literal["ppo", "lora", "dynamic", "j_hydra", "hydra"]
 _POSITIVE = (
     *("prompt_length", "response_length", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
     *("rejected_per_prompt", "sft_batch_size", "sft_learning_rate", "batch_size", "num_mini_batches", "num_ppo_epochs"),
-    *(
-        "learning_rate",
-        "critic_learning_rate",
-        "full_learning_rate",
-        "max_grad_norm",
-        "cliprange",
-        "cliprange_value",
-        "temperature",
-    ),
-    *("gradient_accumulation_steps", "lora_r", "lora_alpha", "adaptive_kl_horizon"),
+    *("learning_rate", "critic_learning_rate", "full_learning_rate", "max_grad_norm", "cliprange", "cliprange_value"),
+    *("temperature", "gradient_accumulation_steps", "lora_r", "lora_alpha", "adaptive_kl_horizon"),
 )
 _NOT_NEGATIVE = (
     *("sft_steps", "rm_steps", "sft_coef", "center_rewards_coefficient", "prompt_coef", "weight_decay", "ppo_steps"),

@@ -64,7 +64,10 @@ def baseline_of(results: list[Result]) -> Result:
 def report(run: Run, task: Task, results: list[Result], costs: tuple[list[Cost], list[Cost]]) -> dict[str, Any]:
     """Adds the claims and figures, prints the tables, and returns the summary."""
     baseline = baseline_of(results)
-    methods = {result.method: result.summary(baseline.before) for result in results}
+    methods = {
+        result.method: result.summary(baseline.before) | {"kl": _last(run.metrics(f"ppo_{result.method}"), "kl")}
+        for result in results
+    }
     for result in {result.start: result for result in results}.values():
         if result.ranked is not None:
             gain = difference(result.ranked, torch.full_like(result.ranked, 0.5))
@@ -136,18 +139,29 @@ def _claim_gain(run: Run, name: str, gain: Difference) -> None:
 def _scores(results: list[Result], baseline: Result, methods: dict[str, dict[str, Any]]) -> Table:
     count = len(baseline.after.answers)
     made = Table(
-        title=f"answers to {count} held-out prompts; difference ± standard error; wins against {baseline.start}"
+        title=f"answers to {count} held-out prompts; difference ± standard error; wins against {baseline.start};"
+        " KL to the start in the last step, nats an answer"
     )
     wins = [f"wins by {name}" for name in methods[baseline.method]["win_rate"]]
-    for column in ("", "from", "reward", "difference", "gold", "difference", *wins):
+    for column in ("", "from", "pairs", "reward", "difference", "gold", "difference", *wins, "KL"):
         made.add_column(column, justify="right" if column not in ("", "from") else "left")
     for result in results:
-        row = [result.title, result.start]
+        summary = methods[result.method]
+        row = [result.title, result.start, _share(summary["ranking_accuracy"])]
         for name in ("reward", "gold"):
             first, last = getattr(result.before, name), getattr(result.after, name)
             row += [f"{last.mean():.4f}", str(difference(last, first))]
-        made.add_row(*row, *(f"{rate:.1%}" for rate in methods[result.method]["win_rate"].values()))
+        kl = "" if summary["kl"] is None else f"{summary['kl']:.2f}"
+        made.add_row(*row, *map(_share, summary["win_rate"].values()), kl)
     return made
+
+
+def _last(records: list[dict[str, Any]], name: str) -> float | None:
+    return records[-1][name] if records else None
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"
 
 
 def _examples(task: Task, result: Result, count: int = 6) -> Table:
