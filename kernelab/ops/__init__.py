@@ -6,10 +6,11 @@ from kernelab._core.registry import explain
 
 from .linear_logprob import linear_logprob
 from .lora_linear import lora_add, lora_linear
+from .relative_attention import relative_attention
 
-__all__ = ["explain", "linear_logprob", "lora_add", "lora_linear"]
+__all__ = ["explain", "linear_logprob", "lora_add", "lora_linear", "relative_attention"]
 
-_FOLDERS = ("linear_logprob", "lora_linear")
+_FOLDERS = ("linear_logprob", "lora_linear", "relative_attention")
 
 
 def specs():

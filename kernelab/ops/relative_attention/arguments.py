@@ -48,7 +48,7 @@ def check_table(name: str, table: object, query: Tensor, features: int | None) -
         raise bad_type(WHERE, name, f"a tensor {expected} or None", table)
     if table.dtype not in FLOATS:
         raise bad_type(WHERE, name, "float32, bfloat16, float16 or float64", table)
-    fits = table.dim() == (2 if features is None else 3) and table.shape[0] in (1, heads)
+    fits = table.dim() == (2 if features is None else 3) and (table.shape[0] == 1 or table.shape[0] == heads)
     if not fits or (features is not None and table.shape[2] != features):
         raise bad_value(WHERE, name, f"shape {expected}", table)
     if table.shape[1] % 2 == 0:
@@ -127,12 +127,11 @@ def warn_of_queries_without_keys(causal: bool, query_offset: int) -> None:
 
 def same_reach(*tables: Tensor | None) -> list[Tensor | None]:
     """The tables with as many rows as the longest: the rows at its ends stand for all that lies beyond."""
-    rows = max((table.shape[1] for table in tables if table is not None), default=0)
+    rows = max([0, *(table.shape[1] for table in tables if table is not None)])
 
     def widen(table: Tensor) -> Tensor:
         more = (rows - table.shape[1]) // 2
-        ends = (t.expand(-1, more, *table.shape[2:]) for t in (table[:, :1], table[:, -1:]))
-        first, last = ends
+        first, last = (t.expand(-1, more, *table.shape[2:]) for t in (table[:, :1], table[:, -1:]))
         return torch.cat([first, table, last], dim=1)
 
     return [table if table is None or table.shape[1] == rows else widen(table) for table in tables]
