@@ -7,7 +7,7 @@ from importlib import import_module
 
 __version__ = "0.1.0"
 
-_PACKAGES = ("experiment", "lora", "ops", "papers")
+_PACKAGES = ("experiment", "lora", "nn", "ops", "papers")
 _FUNCTIONS = {
     "explain": "kernelab.ops",  # through the ops, which register as they load
     "use_backend": "kernelab._core.registry",
