@@ -40,7 +40,8 @@ def measure(request: pytest.FixtureRequest, benchmark, measured) -> Callable[[Ma
 
     def report(builders: Mapping[str, Callable[[], Provider]]) -> None:
         if group not in measured:
-            params = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+            items = [item for item in request.session.items if not item.get_closest_marker("skip")]
+            params = [item.callspec.params for item in items if hasattr(item, "callspec")]
             chosen = {other["provider"]: builders[other["provider"]] for other in params if other.get("group") == group}
             seconds = float(options.benchmark_max_time) * len(chosen)
             measured[group] = measure_group(group, chosen, seconds, options.benchmark_min_rounds)

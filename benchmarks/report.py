@@ -34,6 +34,8 @@ class Target(NamedTuple):
 
 _BOTH = ("lora_linear", "forward+backward")
 _LOGPROB = ("linear_logprob", "forward+backward", "head-32000", "float32")
+_RPE_K = ("rpe-k-512-reach-64", "float32")
+_RPE_KQ = ("rpe-kq-64", "float32")
 _SAVED = ("lora_layers", "saved")
 _DECODER = ("decoder_layer", "saved", "dropout-0.0")
 TARGETS = (
@@ -44,6 +46,14 @@ TARGETS = (
     Target((*_BOTH, "square-1024", "float32"), "kernelab/cpu", "base", -1, 1.12),
     Target(_LOGPROB, "kernelab/cpu", "torch", -1, 0.85),
     Target(_LOGPROB, "kernelab/cpu", "torch", -1, 0.125, "peak_bytes"),
+    Target(("relative_attention", "forward", *_RPE_K), "einsum", "kernelab/cpu", 1, 9),
+    Target(("relative_attention", "forward", *_RPE_K), "gather-sdpa", "kernelab/cpu", 1, 2),
+    Target(("relative_attention", "forward", *_RPE_K), "base", "kernelab/cpu", 1, 1),
+    Target(("relative_attention", "forward", *_RPE_KQ), "einsum", "kernelab/cpu", 1, 3),
+    Target(("relative_attention", "forward+backward", *_RPE_K), "einsum", "kernelab/cpu", 1, 6),
+    Target(("relative_attention", "forward+backward", *_RPE_K), "gather-sdpa", "kernelab/cpu", 1, 2),
+    Target(("relative_attention", "forward+backward", *_RPE_K), "base", "kernelab/cpu", 1, 0.95),
+    Target(("relative_attention", "forward+backward", *_RPE_KQ), "einsum", "kernelab/cpu", 1, 2.5),
     Target((*_SAVED, "dropout-0.0", "bfloat16"), "kernelab", "peft-float32-adapters", -1, 0.65, "saved_bytes"),
     Target((*_SAVED, "dropout-0.05", "bfloat16"), "kernelab", "peft-float32-adapters", -1, 0.35, "saved_bytes"),
     Target((*_SAVED, "dropout-0.05", "bfloat16"), "kernelab", "peft", -1, 0.35, "saved_bytes"),

@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import decoder, record, report, timing
+from benchmarks import attention, decoder, record, report, timing
 from benchmarks.measure import measure_group
+from benchmarks.memory import attention as attention_memory
 from benchmarks.memory import lora as memory
-from benchmarks.provider import FORWARD_ONLY, Group, Provider
+from benchmarks.provider import BOTH, FORWARD_ONLY, Group, Provider
 from kernelab.ops import lora_linear
+from tests.contract import arguments as args
 
 ROOT = Path(__file__).parents[1]
 GROUP = "lora_linear/forward+backward/smallest/float32/cpu"
@@ -179,3 +181,46 @@ def test_saved_bytes_of_lora(tmp_path, monkeypatch):
         assert rows["decoder_layer", dtype, "dropout-0.0", "kernelab-recompute"] == less
     bfloat16 = [rows["lora_layers", "bfloat16", "dropout-0.05", provider] for provider in ("kernelab", "peft")]
     assert bfloat16[0] < 0.35 * bfloat16[1]
+
+
+@pytest.mark.parametrize(
+    ("terms", "causal"), [("query", True), ("query key", False), ("query key bias", True), ("bias", False)]
+)
+def test_the_ways_to_compute_attention_agree(terms, causal):
+    case = attention.case("", terms, heads=2, batch=3, tokens=17, reach=5, causal=causal)
+    arguments = args.build(case, "cpu", torch.float64)
+    leaves = args.trainable(arguments)
+    functions = [attention.plain, attention.gather_sdpa, attention.ours]
+    if "bias" not in terms:
+        functions.append(attention.einsum)
+    exact = attention.definition(**arguments)
+    cotangent = torch.randn_like(exact)
+    grads = torch.autograd.grad(exact, list(leaves.values()), cotangent)
+    for function in functions:
+        output = function(**arguments)
+        torch.testing.assert_close(output, exact)
+        torch.testing.assert_close(torch.autograd.grad(output, list(leaves.values()), cotangent), grads)
+
+
+def test_attention_is_measured_beside_its_peers():
+    case = next(case for case in attention.CASES if "smallest" in case.tags)
+    for direction in (FORWARD_ONLY, BOTH):
+        group = Group("relative_attention", direction, case.name, torch.float32, "cpu")
+        names = [name for name in attention.providers(case, group) if name not in ("flex", "torch.compile")]
+        assert {"base", "kernelab/reference", "torch", "gather-sdpa", "einsum"} <= set(names)
+        builders = attention.builders(case, group)
+        found = measure_group(group, {name: builders[name] for name in names}, 0.0, 2)
+        assert {name: value for name, value in found.items() if isinstance(value, Exception)} == {}
+
+
+def test_peak_memory_of_attention(tmp_path, monkeypatch):
+    monkeypatch.setattr(attention_memory, "LENGTHS", (128, 256))
+    attention_memory.main(["--record", "--results", str(tmp_path)])
+    rows = {(row.direction, row.provider, row.case): row.peak_bytes for row in record.load(tmp_path)}
+    directions = {direction for direction, _, _ in rows}
+    assert directions == {"peak of forward", "peak of forward+backward"}
+    providers = {provider for _, provider, _ in rows}
+    assert providers >= {"kernelab/reference", *attention_memory.PEERS}
+    for direction in directions:
+        growth = {name: rows[direction, name, "rpe-k-256"] / rows[direction, name, "rpe-k-128"] for name in providers}
+        assert growth["einsum"] > 3.5
