@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import numbers
 import warnings
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
 
+from kernelab._core import sequences
 from kernelab._core.arguments import FLOATS, check_input
 from kernelab._core.errors import bad_type, bad_value
 
@@ -59,17 +58,7 @@ def check_table(name: str, table: object, query: Tensor, features: int | None) -
 
 def check_mask(mask: object, query: Tensor, key: Tensor) -> None:
     """``key_padding_mask``."""
-    shape = [query.shape[0], key.shape[2]]
-    if mask is None:
-        return
-    if not isinstance(mask, Tensor):
-        raise bad_type(WHERE, "key_padding_mask", f"a boolean tensor {shape} or None", mask)
-    if mask.dtype != torch.bool:
-        hint = "True marks a key that is attended to; a mask of 0 and 1 becomes one with .bool()."
-        raise bad_type(WHERE, "key_padding_mask", "a boolean tensor", mask, hint)
-    if list(mask.shape) != shape:
-        raise bad_value(WHERE, "key_padding_mask", f"shape {shape}", mask)
-    _check_device("key_padding_mask", mask, query)
+    sequences.check_padding_mask(WHERE, mask, query, query.shape[0], key.shape[2])
 
 
 def check_rest(causal: object, content: object, query_offset: object, scale: object) -> None:
@@ -89,30 +78,12 @@ def check_rest(causal: object, content: object, query_offset: object, scale: obj
 
 def documents_of(cu_seqlens: object, query: Tensor, key: Tensor, query_offset: int | None) -> Tensor | None:
     """First key of each query's document and the one after its last, int32 [2, N]."""
-    if cu_seqlens is None:
-        return None
-    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise bad_type(WHERE, "cu_seqlens", "an int32 or int64 tensor of document boundaries or None", cu_seqlens)
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
-        raise bad_value(WHERE, "cu_seqlens", "shape [documents + 1], 0 first", cu_seqlens)
-    if query.shape[0] != 1:
-        hint = "Packed documents stand one after the other along dim 2 of a batch of one."
-        raise bad_value(WHERE, "cu_seqlens", "None unless the batch is 1", f"a batch of {query.shape[0]}", hint)
-    if query.shape[2] != key.shape[2]:
+    documents = sequences.documents_of(WHERE, cu_seqlens, query, query.shape[0], query.shape[2])
+    if documents is not None and query.shape[2] != key.shape[2]:
         raise bad_value(WHERE, "cu_seqlens", "None unless there are as many keys as queries", cu_seqlens)
-    if query_offset is not None and query_offset != 0:
+    if documents is not None and query_offset is not None and query_offset != 0:
         raise bad_value(WHERE, "query_offset", "0 or None with cu_seqlens", query_offset)
-    _check_device("cu_seqlens", cu_seqlens, query)
-    tokens = query.shape[2]
-    if cu_seqlens.device.type == "cpu" and not isinstance(cu_seqlens, FakeTensor) and not torch.compiler.is_compiling():
-        bounds = cu_seqlens.tolist()
-        if bounds[0] != 0 or bounds[-1] != tokens or any(a > b for a, b in itertools.pairwise(bounds)):
-            got = f"{bounds[:4]}{'...' if len(bounds) > 5 else ''}{bounds[-1:]}"
-            raise bad_value(WHERE, "cu_seqlens", f"boundaries that rise from 0 to {tokens}", got)
-    bounds = cu_seqlens.contiguous()
-    position = torch.arange(tokens, device=query.device, dtype=bounds.dtype)
-    document = torch.searchsorted(bounds, position, right=True).clamp(1, bounds.shape[0] - 1)
-    return torch.stack([bounds[document - 1], bounds[document]]).int()
+    return documents
 
 
 def warn_of_queries_without_keys(causal: bool, query_offset: int) -> None:
