@@ -25,7 +25,8 @@ from .arguments import (
 
 def _forward_fake(query, key, value, *_):
     wide = torch.promote_types(query.dtype, torch.float32)
-    return query.new_empty(*query.shape[:3], value.shape[3]), query.new_empty(query.shape[:3], dtype=wide)
+    peak, mass = (query.new_empty(query.shape[:3], dtype=wide) for _ in range(2))
+    return query.new_empty(*query.shape[:3], value.shape[3]), peak, mass
 
 
 def _backward_fake(*arguments):
@@ -40,11 +41,13 @@ _TENSORS = (
     "Tensor? bias, Tensor? key_padding_mask, Tensor? documents, "
 )
 _REST = "bool causal, bool content, SymInt query_offset, float scale, "
-_forward = define.define(WHERE, "forward", f"({_TENSORS}{_REST}str backend) -> (Tensor out, Tensor lse)", _forward_fake)
+_forward = define.define(
+    WHERE, "forward", f"({_TENSORS}{_REST}str backend) -> (Tensor out, Tensor peak, Tensor mass)", _forward_fake
+)
 _backward = define.define(
     WHERE,
     "backward",
-    f"({_TENSORS}Tensor out, Tensor lse, Tensor grad_out, {_REST}bool[] need, str backend) "
+    f"({_TENSORS}Tensor out, Tensor peak, Tensor mass, Tensor grad_out, {_REST}bool[] need, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward_fake,
 )
@@ -53,7 +56,7 @@ registry.register(WHERE, "reference", module=f"{__name__}.reference", priority=0
 
 
 class _RelativeAttention(torch.autograd.Function):
-    """``(out, lse)``; lse serves backward and has no derivative."""
+    """``(out, peak, mass)``; the last two serve backward and have no derivative."""
 
     @staticmethod
     @stored_signature
@@ -68,13 +71,16 @@ class _RelativeAttention(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         *tensors, causal, content, query_offset, scale, ctx.backend = inputs
         ctx.rest = causal, content, query_offset, scale
-        out, lse = output
-        ctx.mark_non_differentiable(lse)
-        ctx.save_for_backward(*tensors, out, lse)
+        _, *statistics = output
+        ctx.mark_non_differentiable(*statistics)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, *output)
 
     @staticmethod
-    def backward(ctx, grad_out, _):
-        *tensors, out, lse = ctx.saved_tensors
+    def backward(ctx, grad_out, *_):
+        if grad_out is None:
+            return (None,) * 14
+        *tensors, out, peak, mass = ctx.saved_tensors
         content, need = ctx.rest[1], list(ctx.needs_input_grad[:7])
         need[0] &= content or tensors[3] is not None
         need[1] &= content or tensors[4] is not None
@@ -84,13 +90,14 @@ class _RelativeAttention(torch.autograd.Function):
             given = iter(given)
             return [next(given) if there else None for there in present]
 
-        def fast(grad_out, out, lse, *given):
-            return _backward(*with_blanks(given), out, lse, grad_out, *ctx.rest, need, ctx.backend)
+        def fast(grad_out, out, peak, mass, *given):
+            return _backward(*with_blanks(given), out, peak, mass, grad_out, *ctx.rest, need, ctx.backend)
 
-        def definition(grad_out, out, lse, *given):
-            return reference.backward(*with_blanks(given), out, lse, grad_out, *ctx.rest, need)
+        def definition(grad_out, out, peak, mass, *given):
+            return reference.backward(*with_blanks(given), out, peak, mass, grad_out, *ctx.rest, need)
 
-        grads = differentiable(fast, definition, grad_out, out, lse, *(t for t in tensors if t is not None))
+        given = (tensor for tensor in tensors if tensor is not None)
+        grads = differentiable(fast, definition, grad_out, out, peak, mass, *given)
         return *(grad if needed else None for grad, needed in zip(grads, need, strict=True)), *[None] * 7
 
 
@@ -176,5 +183,4 @@ def relative_attention(
         check_dtype(WHERE, "query", query, bias=bias)
     tensors = query, key, value, *same_reach(query_table, key_table, value_table, bias), key_padding_mask, documents
     rest = causal, content, query_offset, query.shape[3] ** -0.5 if scale is None else float(scale), backend or ""
-    out, _ = _RelativeAttention.apply(*tensors, *rest)
-    return out
+    return _RelativeAttention.apply(*tensors, *rest)[0]

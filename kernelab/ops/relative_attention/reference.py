@@ -26,38 +26,41 @@ from .arguments import no_gradient
 def attention(
     query, key, value, query_table, key_table, value_table, bias, key_padding_mask, documents,
     causal, content, query_offset, scale,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """``(out [B, Hq, Nq, Dv], lse [B, Hq, Nq])``; lse is +inf for a query without keys: exp(s - lse) is 0."""
-    q, k, v, a, r, w, b = _wide(query, key, value, query_table, key_table, value_table, bias)
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """``(out [B, Hq, Nq, Dv], peak, mass [B, Hq, Nq])``: p is exp(s - peak) / mass; both are 0 for a query without keys.
+
+    A log-sum-exp would not do: its rounding is an error of p that all keys of a query share.
+    """
+    q, k, v, a, r, w, b = _of_every_head(query, key, value, query_table, key_table, value_table, bias)
     distance = _distance(q, k, query_offset)
     hidden = _hidden(distance, key_padding_mask, documents, causal)
-    p, lse = _softmax(_scores(q, k, a, r, b, distance, content, scale), hidden)
+    p, peak, mass = _softmax(_scores(q, k, a, r, b, distance, content, scale), hidden)
     out = p @ v
     if w is not None:
         out = out + _by_distance(p, distance, w.shape[1]) @ w
-    return out.to(query.dtype), lse
+    return out.to(query.dtype), peak, mass
 
 
 def forward(*arguments):
-    """The raw op: ``(out, lse)``."""
+    """The raw op."""
     return attention(*arguments)
 
 
 def backward(
     query, key, value, query_table, key_table, value_table, bias, key_padding_mask, documents,
-    out, lse, grad_out, causal, content, query_offset, scale, need,
+    out, peak, mass, grad_out, causal, content, query_offset, scale, need,
 ):  # fmt: skip
-    """Gradients of the seven floating inputs, empty where not needed. Neither ``out`` nor ``lse`` is read.
+    """Gradients of the seven floating inputs, empty where not needed. Reads no result of the forward.
 
     With ``g_i`` the cotangent of ``out_i``: ``dp_ij = g_i . (v_j + w_c)``, ``ds_ij = p_ij (dp_ij - sum_l p_il dp_il)``,
     and a row of a table gets the sum over its pairs.
     """
     inputs = query, key, value, query_table, key_table, value_table, bias
-    q, k, v, a, r, w, b = _wide(*inputs)
+    q, k, v, a, r, w, b = _of_every_head(*inputs)
     g = grad_out.to(q.dtype)
     distance = _distance(q, k, query_offset)
     hidden = _hidden(distance, key_padding_mask, documents, causal)
-    p, _ = _softmax(_scores(q, k, a, r, b, distance, content, scale), hidden)
+    p, _, _ = _softmax(_scores(q, k, a, r, b, distance, content, scale), hidden)
     dp = g @ v.mT
     if w is not None:
         dp = dp + _pick(g @ w.mT, distance)
@@ -76,16 +79,16 @@ def backward(
 
     def key_gradient() -> Tensor:
         dk = scaled.mT @ q if content else torch.zeros_like(k)
-        return _of_group(dk if r is None else dk + of_keys(scaled, r) @ r, key)
+        return of_group(dk if r is None else dk + of_keys(scaled, r) @ r, key)
 
     gradients = (
         query_gradient,
         key_gradient,
-        lambda: _of_group(p.mT @ g, value),
-        lambda: _of_table(of_queries(scaled, a).mT @ q, a),
-        lambda: _of_table(of_keys(scaled, r).mT @ k, r),
-        lambda: _of_table(of_queries(p, w).mT @ g, w),
-        lambda: _of_table(of_queries(ds, b).sum(2), b),
+        lambda: of_group(p.mT @ g, value),
+        lambda: of_table(of_queries(scaled, a).mT @ q, a),
+        lambda: of_table(of_keys(scaled, r).mT @ k, r),
+        lambda: of_table(of_queries(p, w).mT @ g, w),
+        lambda: of_table(of_queries(ds, b).sum(2), b),
     )
     return tuple(
         gradient().to(tensor.dtype).contiguous() if wanted else no_gradient(query)
@@ -93,11 +96,30 @@ def backward(
     )
 
 
-def _wide(query, key, value, *tables) -> list[Tensor | None]:
-    """In the dtype of scores, every query head with a key and a value head of its own."""
-    wide, group = torch.promote_types(query.dtype, torch.float32), query.shape[1] // key.shape[1]
-    keys_and_values = (t.to(wide).repeat_interleave(group, dim=1) for t in (key, value))
-    return [query.to(wide), *keys_and_values, *(None if t is None else t.to(wide) for t in tables)]
+def wide(*tensors: Tensor | None) -> list[Tensor | None]:
+    """In the dtype of scores; None stays None."""
+    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
+    return [None if t is None else t.to(dtype) for t in tensors]
+
+
+def by_group(keys: Tensor, query: Tensor) -> Tensor:
+    """A key or value head for every query head: [B, Hkv, *] gives [B, Hq, *]."""
+    return keys.repeat_interleave(query.shape[1] // keys.shape[1], dim=1)
+
+
+def of_group(gradient: Tensor, keys: Tensor) -> Tensor:
+    """The transpose of :func:`by_group`: [B, Hq, *] gives [B, Hkv, *]."""
+    return gradient.unflatten(1, (keys.shape[1], -1)).sum(2)
+
+
+def of_table(gradient: Tensor, table: Tensor) -> Tensor:
+    """Of a table, from every batch element's and head's: [B, Hq, *] gives [Hq or 1, *]."""
+    return gradient.sum(0) if table.shape[0] > 1 else gradient.sum((0, 1))[None]
+
+
+def _of_every_head(query, key, value, *tables) -> list[Tensor | None]:
+    q, k, v, *rest = wide(query, key, value, *tables)
+    return [q, by_group(k, q), by_group(v, q), *rest]
 
 
 def _distance(q: Tensor, k: Tensor, query_offset: int) -> Tensor:
@@ -127,15 +149,14 @@ def _hidden(distance: Tensor, key_padding_mask: Tensor | None, documents: Tensor
     return hidden if key_padding_mask is None else hidden | ~key_padding_mask[:, None, None]
 
 
-def _softmax(scores: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """``(p [B, Hq, Nq, Nk], lse [B, Hq, Nq])``."""
+def _softmax(scores: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``(p [B, Hq, Nq, Nk], peak, mass [B, Hq, Nq])``."""
     scores = torch.where(hidden, -math.inf, scores)
     peak = scores.detach().amax(-1, keepdim=True) if scores.shape[3] else scores.sum(-1, keepdim=True)
-    peak = peak.clamp(min=torch.finfo(scores.dtype).min)  # of a query without keys
+    peak = torch.where(peak == -math.inf, 0, peak)  # of a query without keys
     share = (scores - peak).exp()
     mass = share.sum(-1, keepdim=True)
-    lse = torch.where(mass > 0, peak + mass.log(), math.inf)
-    return share / torch.where(mass > 0, mass, 1), lse[..., 0].detach()
+    return share / torch.where(mass > 0, mass, 1), peak[..., 0].detach(), mass[..., 0].detach()
 
 
 def _rows(distance: Tensor, rows: int) -> Tensor:
@@ -152,13 +173,3 @@ def _pick(profile: Tensor, distance: Tensor) -> Tensor:
 def _by_distance(pairs: Tensor, distance: Tensor, rows: int) -> Tensor:
     """Sums over the pairs of each ``c``, the transpose of :func:`_pick`: [*, n, m] gives [*, n, rows]."""
     return pairs.new_zeros(*pairs.shape[:-1], rows).scatter_add(-1, _rows(distance, rows).expand_as(pairs), pairs)
-
-
-def _of_group(gradient: Tensor, tensor: Tensor) -> Tensor:
-    """Of a key or value head, from its query heads'."""
-    return gradient.unflatten(1, (tensor.shape[1], -1)).sum(2)
-
-
-def _of_table(gradient: Tensor, table: Tensor) -> Tensor:
-    """Of a table, from every batch element's and head's: [B, Hq, *] gives [Hq or 1, *]."""
-    return gradient.sum(0) if table.shape[0] > 1 else gradient.sum((0, 1))[None]
