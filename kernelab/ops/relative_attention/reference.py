@@ -27,7 +27,7 @@ def attention(
     query, key, value, query_table, key_table, value_table, bias, key_padding_mask, documents,
     causal, content, query_offset, scale,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """``(out [B, Hq, Nq, Dv], peak, mass [B, Hq, Nq])``: p is exp(s - peak) / mass; both are 0 for a query without keys.
+    """``(out [B, Hq, Nq, Dv], peak, mass [B, Hq, Nq])``: p = exp(s - peak) / mass; both are 0 for a query without keys.
 
     A log-sum-exp would not do: its rounding is an error of p that all keys of a query share.
     """
