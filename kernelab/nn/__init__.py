@@ -2,5 +2,20 @@
 
 from .attention import Attention
 from .cache import KeyValueCache
+from .relative import RelativeAttention
+from .rotary import RotaryAttention
+from .schemes import ALiBi, Disentangled, RelativeKey, RelativeKeyQuery, T5Bias
+from .transformer import Transformer
 
-__all__ = ["Attention", "KeyValueCache"]
+__all__ = [
+    "ALiBi",
+    "Attention",
+    "Disentangled",
+    "KeyValueCache",
+    "RelativeAttention",
+    "RelativeKey",
+    "RelativeKeyQuery",
+    "RotaryAttention",
+    "T5Bias",
+    "Transformer",
+]

@@ -87,16 +87,23 @@ class Attention(nn.Module):
         query, key = self.place(query, key, 0 if cache is None else cache.length, cu_seqlens)
         if cache is not None:
             key, value = cache.append(key, value)
-        return self.o_proj(merge_heads(self.attend(query, key, value, key_padding_mask, cu_seqlens)))
+        memory = {} if cache is None else cache.memory
+        return self.o_proj(merge_heads(self.attend(query, key, value, key_padding_mask, cu_seqlens, memory)))
 
     def place(self, query: Tensor, key: Tensor, offset: int, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
         """Queries and keys [B, H, N, D] of the new tokens, the first at position ``offset``, told their positions."""
         return query, key
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, cu_seqlens: Tensor | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        memory: dict,
     ) -> Tensor:
-        """[B, H, Nq, D] from queries that end where the keys do."""
+        """[B, H, Nq, D] from queries that end where the keys do; ``memory`` lives as long as the cache does."""
         return plain_attention(query, key, value, self.causal, key_padding_mask, cu_seqlens)
 
     def extra_repr(self) -> str:

@@ -14,7 +14,8 @@ class KeyValueCache:
     """Keys and values of the tokens so far, of one attention layer.
 
     The buffers grow by doubling, so that appending n tokens one by one copies O(n) of them. It serves decoding, not
-    training: what requires a gradient is refused, since a later append would overwrite what backward reads.
+    training: what requires a gradient is refused, since a later append would overwrite what backward reads. In
+    ``memory`` a layer may leave what it needs to compute only once.
 
     >>> cache = KeyValueCache()
     >>> keys, values = cache.append(torch.ones(2, 4, 3, 16), torch.ones(2, 4, 3, 8))  # batch 2, 4 heads, 3 tokens
@@ -25,6 +26,7 @@ class KeyValueCache:
 
     def __init__(self) -> None:
         self.length = 0
+        self.memory: dict = {}
         self._buffers: list[Tensor] = []  # [B, H, capacity, features] each
 
     def append(self, *new: Tensor) -> tuple[Tensor, ...]:

@@ -6,35 +6,9 @@ import pytest
 import torch
 
 from kernelab.nn import Attention, KeyValueCache
+from tests.nn import explicit
 
 torch.manual_seed(0)
-
-
-def seen(keys: int, queries: int, causal: bool, mask=None, cu_seqlens=None) -> torch.Tensor:
-    """[B or 1, 1, Nq, Nk], True where a query that ends where the keys do may see a key."""
-    position = torch.arange(keys - queries, keys)[:, None]
-    key = torch.arange(keys)
-    visible = key <= position if causal else torch.ones(queries, keys, dtype=torch.bool)
-    if cu_seqlens is not None:
-        document = (key[:, None] >= cu_seqlens[1:-1]).sum(1)
-        visible = visible & (document[:, None] == document)
-    visible = visible[None, None]
-    return visible if mask is None else visible & mask[:, None, None]
-
-
-def explicit(attention, x, visible, rotate=lambda t: t):
-    """The N x N formula, from the module's weights."""
-    heads, groups = attention.num_heads, attention.num_heads // attention.num_kv_heads
-
-    def project(layer, count):
-        return (x @ layer.weight.T + layer.bias).unflatten(-1, (count, -1)).transpose(1, 2)
-
-    q = rotate(project(attention.q_proj, heads))
-    k = rotate(project(attention.k_proj, attention.num_kv_heads)).repeat_interleave(groups, 1)
-    v = project(attention.v_proj, attention.num_kv_heads).repeat_interleave(groups, 1)
-    scores = (q @ k.mT) * attention.head_dim**-0.5
-    p = torch.where(visible, scores, -torch.inf).softmax(-1).nan_to_num(0)
-    return (p @ v).transpose(1, 2).flatten(2) @ attention.o_proj.weight.T + attention.o_proj.bias
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -45,7 +19,7 @@ def test_plain_attention_is_the_formula(case, causal):
     mask = torch.rand(3, 11) < 0.6 if case == "masked" else None
     bounds = torch.tensor([0, 4, 4, 9, 11]) if case == "packed" else None
     out = attention(x, key_padding_mask=mask, cu_seqlens=bounds)
-    wanted = explicit(attention, x, seen(11, 11, causal, mask, bounds))
+    wanted = explicit.attention(attention, x, explicit.visible(11, 11, causal, mask, bounds))
     torch.testing.assert_close(out, wanted, rtol=1e-10, atol=1e-10)
 
 
