@@ -38,7 +38,7 @@ def documents_of(where: str, cu_seqlens: object, like: Tensor, batch: int, token
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
         raise bad_value(where, "cu_seqlens", "shape [documents + 1], 0 first", cu_seqlens)
     if batch != 1:
-        hint = "Packed documents stand one after the other along dim 2 of a batch of one."
+        hint = "Packed documents stand one after the other in a batch of one."
         raise bad_value(where, "cu_seqlens", "None unless the batch is 1", f"a batch of {batch}", hint)
     _check_device(where, "cu_seqlens", cu_seqlens, like)
     if cu_seqlens.device.type == "cpu" and not isinstance(cu_seqlens, FakeTensor) and not torch.compiler.is_compiling():

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from kernelab._core.arguments import check_input
 from kernelab._core.errors import bad_type, bad_value
+from kernelab._core.sequences import check_padding_mask, documents_of
 
 from .cache import KeyValueCache
 
@@ -47,8 +47,14 @@ def kv_heads_of(where: str, num_heads: int, num_kv_heads: int | None) -> int:
     return num_kv_heads
 
 
-def check_call(module: nn.Module, x: object, key_padding_mask: object, cu_seqlens: object, cache: object) -> None:
-    """The arguments of a self-attention ``module`` that has ``d_model`` and ``causal``."""
+def check_call(
+    module: nn.Module, x: object, key_padding_mask: object, cu_seqlens: object, cache: object
+) -> Tensor | None:
+    """The arguments of a self-attention ``module`` that has ``d_model`` and ``causal``.
+
+    Returns the documents of ``cu_seqlens``: first token of each token's document and the one after its last, int32
+    [2, N].
+    """
     where = type(module).__name__
     check_input(where, "x", x)
     if x.dim() != 3 or x.shape[2] != module.d_model:
@@ -57,7 +63,8 @@ def check_call(module: nn.Module, x: object, key_padding_mask: object, cu_seqlen
         raise bad_type(where, "cache", "a KeyValueCache or None", cache)
     check_cache(where, module.causal, cache, cu_seqlens)
     seen = 0 if cache is None else cache.length
-    check_visibility(where, x.shape[0], x.shape[1] + seen, key_padding_mask, cu_seqlens)
+    check_padding_mask(where, key_padding_mask, x, x.shape[0], seen + x.shape[1])
+    return documents_of(where, cu_seqlens, x, x.shape[0], x.shape[1])
 
 
 def check_cache(where: str, causal: bool, cache: object, cu_seqlens: object) -> None:
@@ -69,22 +76,3 @@ def check_cache(where: str, causal: bool, cache: object, cu_seqlens: object) -> 
         raise bad_value(where, "cache", "None unless causal=True", cache, hint)
     if cu_seqlens is not None:
         raise bad_value(where, "cu_seqlens", "None with a cache", cu_seqlens)
-
-
-def check_visibility(where: str, batch: int, keys: int, key_padding_mask: object, cu_seqlens: object) -> None:
-    """What says which keys may be seen; that the boundaries rise is checked where they are read."""
-    if cu_seqlens is not None:
-        if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
-            raise bad_type(where, "cu_seqlens", "an int32 or int64 tensor of document boundaries or None", cu_seqlens)
-        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
-            raise bad_value(where, "cu_seqlens", "shape [documents + 1], 0 first", cu_seqlens)
-        if batch != 1:
-            hint = "Packed documents stand one after the other along dim 1 of a batch of one."
-            raise bad_value(where, "cu_seqlens", "None unless the batch is 1", f"a batch of {batch}", hint)
-    if key_padding_mask is not None:
-        shape = [batch, keys]
-        if not isinstance(key_padding_mask, Tensor) or key_padding_mask.dtype != torch.bool:
-            hint = "True marks a token that is attended to; a mask of 0 and 1 becomes one with .bool()."
-            raise bad_type(where, "key_padding_mask", f"a boolean tensor {shape} or None", key_padding_mask, hint)
-        if list(key_padding_mask.shape) != shape:
-            raise bad_value(where, "key_padding_mask", f"shape {shape}", key_padding_mask)

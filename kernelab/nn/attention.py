@@ -81,17 +81,20 @@ class Attention(nn.Module):
         cache: KeyValueCache | None = None,
     ) -> Tensor:
         """[B, N, d_model] to the same; the arguments as at the top of this file."""
-        check_call(self, x, key_padding_mask, cu_seqlens, cache)
+        documents = check_call(self, x, key_padding_mask, cu_seqlens, cache)
         query = split_heads(self.q_proj(x), self.num_heads)
         key, value = (split_heads(project(x), self.num_kv_heads) for project in (self.k_proj, self.v_proj))
-        query, key = self.place(query, key, 0 if cache is None else cache.length, cu_seqlens)
+        query, key = self.place(query, key, 0 if cache is None else cache.length, documents)
         if cache is not None:
             key, value = cache.append(key, value)
         memory = {} if cache is None else cache.memory
         return self.o_proj(merge_heads(self.attend(query, key, value, key_padding_mask, cu_seqlens, memory)))
 
-    def place(self, query: Tensor, key: Tensor, offset: int, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Queries and keys [B, H, N, D] of the new tokens, the first at position ``offset``, told their positions."""
+    def place(self, query: Tensor, key: Tensor, offset: int, documents: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Queries and keys [B, H, N, D] of the new tokens, told their positions.
+
+        The first stands at ``offset``; or ``documents[0]`` [N] is where each token's document begins.
+        """
         return query, key
 
     def attend(

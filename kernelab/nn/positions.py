@@ -13,23 +13,22 @@ def token_positions(
     offset: int = 0,
     *,
     key_padding_mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
+    documents: Tensor | None = None,
     device: torch.device | None = None,
 ) -> Tensor:
     """Positions of ``tokens`` new tokens after ``offset`` earlier ones, int64 [N]; [B, N] with a mask.
 
-    They start again with each packed document of ``cu_seqlens``, and at the first token that ``key_padding_mask``
-    [B, offset + N] lets be seen; padding before it stands at 0.
+    They start again with each document, where ``documents[0]`` [N] is the first token of each token's one; and at the
+    first token that ``key_padding_mask`` [B, offset + N] lets be seen: padding before it stands at 0.
 
-    >>> token_positions(5, cu_seqlens=torch.tensor([0, 2, 5]))
+    >>> token_positions(5, documents=torch.tensor([[0, 0, 2, 2, 2], [2, 2, 5, 5, 5]]))
     tensor([0, 1, 0, 1, 2])
     >>> token_positions(2, 2, key_padding_mask=torch.tensor([[False, True, True, True]]))
     tensor([[1, 2]])
     """
     position = torch.arange(offset, offset + tokens, device=device)
-    if cu_seqlens is not None:
-        document = torch.searchsorted(cu_seqlens, position.to(cu_seqlens.dtype), right=True) - 1
-        position = position - cu_seqlens[document]
+    if documents is not None:
+        position = position - documents[0]
     if key_padding_mask is not None and tokens:
         first = key_padding_mask.to(torch.uint8).argmax(1, keepdim=True)  # [B, 1]
         position = (position - first).clamp(min=0)

@@ -49,7 +49,7 @@ class RotaryAttention(Attention):
         if not (math.isfinite(theta) and theta > 0):
             raise bad_value(where, "theta", "a finite number above 0", theta)
 
-    def place(self, query: Tensor, key: Tensor, offset: int, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    def place(self, query: Tensor, key: Tensor, offset: int, documents: Tensor | None) -> tuple[Tensor, Tensor]:
         """Queries and keys, turned."""
-        position = token_positions(query.shape[2], offset, cu_seqlens=cu_seqlens, device=query.device)
+        position = token_positions(query.shape[2], offset, documents=documents, device=query.device)
         return tuple(rotate(t, position, self.rotary_dim, self.theta) for t in (query, key))

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
 from kernelab._core.errors import bad_type, bad_value
+from kernelab._core.sequences import check_padding_mask, documents_of
 
-from .arguments import check_cache, check_count, check_flag, check_visibility
+from .arguments import check_cache, check_count, check_flag
 from .attention import Attention
 from .cache import KeyValueCache
 from .decoding import check_prompt, check_sampling, decode, sample
@@ -168,10 +169,12 @@ class Transformer(nn.Module):
         cache: list[KeyValueCache] | None = None,
     ) -> Tensor:
         """Hidden states [B, N, d_model] before the output head; arguments as of :meth:`forward`."""
-        seen = self._check_call(tokens, key_padding_mask, cu_seqlens, cache)
+        seen, documents = self._check_call(tokens, key_padding_mask, cu_seqlens, cache)
         x = self.embedding(tokens)
         if self.position in ("absolute", "sinusoidal"):
-            x = x + self._added(tokens, seen, key_padding_mask, cu_seqlens).to(x.dtype)
+            visible = {"key_padding_mask": key_padding_mask, "documents": documents}
+            position = token_positions(tokens.shape[1], seen, **visible, device=tokens.device)
+            x = x + self._embed(position).to(x.dtype)
         x = self.dropout(x if self.embedding_norm is None else self.embedding_norm(x))
         call = {"key_padding_mask": key_padding_mask, "cu_seqlens": cu_seqlens}
         for run, layer in enumerate([*self.layers] * self.loops):
@@ -222,18 +225,15 @@ class Transformer(nn.Module):
         choose = partial(sample, temperature=temperature, top_k=top_k, generator=generator)
         return decode(step, prompt, key_padding_mask, max_new_tokens, eos_id, choose)
 
-    def _added(self, tokens: Tensor, seen: int, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-        """What the positions add to the embeddings, [N or B, N, d_model]."""
-        visible = {"key_padding_mask": mask, "cu_seqlens": cu_seqlens}
-        position = token_positions(tokens.shape[1], seen, **visible, device=tokens.device)
+    def _embed(self, position: Tensor) -> Tensor:
+        """What positions [N] or [B, N] add to the embeddings, [*, d_model]."""
         if self.position == "sinusoidal":
             return sinusoids(position, self.embedding.embedding_dim)
-        if cu_seqlens is not None:
-            _check_range("cu_seqlens", f"documents of at most max_length {self.max_length}", position, self.max_length)
+        _check_range("cu_seqlens", f"documents of at most max_length {self.max_length}", position, self.max_length)
         return self.position_embedding(position)
 
-    def _check_call(self, tokens: object, mask: object, cu_seqlens: object, cache: object) -> int:
-        """Returns how many tokens the cache holds."""
+    def _check_call(self, tokens: object, mask: object, cu_seqlens: object, cache: object) -> tuple:
+        """Returns how many tokens the cache holds, and the documents of ``cu_seqlens``."""
         if not isinstance(tokens, Tensor) or tokens.dtype not in (torch.int64, torch.int32):
             raise bad_type(WHERE, "tokens", "an int64 or int32 tensor", tokens)
         if tokens.dim() != 2:
@@ -241,11 +241,12 @@ class Transformer(nn.Module):
         _check_range("tokens", f"numbers from 0 to {self.vocab_size - 1}", tokens, self.vocab_size)
         check_cache(WHERE, self.causal, cache, cu_seqlens)
         seen = 0 if cache is None else self._seen(cache)
-        check_visibility(WHERE, tokens.shape[0], seen + tokens.shape[1], mask, cu_seqlens)
-        if self.max_length is not None and cu_seqlens is None and seen + tokens.shape[1] > self.max_length:
+        batch, new = tokens.shape
+        check_padding_mask(WHERE, mask, tokens, batch, seen + new)
+        if self.max_length is not None and cu_seqlens is None and seen + new > self.max_length:
             expected = f"at most max_length {self.max_length} tokens, {seen} of which the cache holds"
             raise bad_value(WHERE, "tokens", expected, tokens)
-        return seen
+        return seen, documents_of(WHERE, cu_seqlens, tokens, batch, new)
 
     def _seen(self, cache: object) -> int:
         runs = self.loops * len(self.layers)

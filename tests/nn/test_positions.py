@@ -9,6 +9,7 @@ from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_p
 from transformers.models.phi.modeling_phi import apply_rotary_pos_emb
 from transformers.models.t5.modeling_t5 import T5Attention
 
+from kernelab._core.sequences import documents_of
 from kernelab.nn.positions import alibi_slopes, log_buckets, rotate, sinusoids, t5_buckets, token_positions
 
 
@@ -60,7 +61,8 @@ def test_sinusoids_are_the_formula():
 
 def test_positions_start_again_with_each_document_and_after_padding():
     bounds = torch.tensor([0, 3, 3, 4, 7], dtype=torch.int32)
-    assert token_positions(7, cu_seqlens=bounds).tolist() == [0, 1, 2, 0, 0, 1, 2]
+    documents = documents_of("test", bounds, bounds, 1, 7)
+    assert token_positions(7, documents=documents).tolist() == [0, 1, 2, 0, 0, 1, 2]
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 0, 1, 1], [0, 0, 0, 0, 0]]).bool()
     assert token_positions(5, key_padding_mask=mask).tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 3, 4], [0, 1, 2, 3, 4]]
     assert token_positions(2, 3, key_padding_mask=mask).tolist() == [[1, 2], [3, 4], [3, 4]]
