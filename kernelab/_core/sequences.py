@@ -52,6 +52,15 @@ def documents_of(where: str, cu_seqlens: object, like: Tensor, batch: int, token
     return torch.stack([bounds[document - 1], bounds[document]]).int()
 
 
+def document_slices(documents: Tensor | None, tokens: int) -> list[slice]:
+    """The documents, one after the other; without ``documents`` all tokens are one."""
+    if documents is None:
+        return [slice(0, tokens)]
+    first = documents[0].tolist()
+    starts = [i for i in range(tokens) if i == 0 or first[i] != first[i - 1]]
+    return [slice(a, b) for a, b in itertools.pairwise([*starts, tokens])]
+
+
 def _check_device(where: str, name: str, tensor: Tensor, like: Tensor) -> None:
     if tensor.device != like.device:
         raise bad_value(where, name, f"a tensor on {like.device}, as the input", tensor, "Move it with .to(device).")

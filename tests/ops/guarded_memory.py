@@ -17,6 +17,7 @@ GUARDS = {  # signalling NaNs: arithmetic makes other bits of them, so that addi
     torch.float16: (torch.int16, 0x7D01),
     torch.float32: (torch.int32, 0x7FA00001),
     torch.float64: (torch.int64, 0x7FF4000000000001),
+    torch.int32: (torch.int32, -1),
     torch.int64: (torch.int64, -1),
 }
 
