@@ -186,4 +186,5 @@ def relative_attention(
         check_dtype(WHERE, "query", query, bias=bias)
     tensors = query, key, value, *same_reach(query_table, key_table, value_table, bias), key_padding_mask, documents
     rest = causal, content, query_offset, query.shape[3] ** -0.5 if scale is None else float(scale), backend or ""
-    return _RelativeAttention.apply(*tensors, *rest)[0]
+    train = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return (_RelativeAttention.apply if train else _forward)(*tensors, *rest)[0]
