@@ -41,11 +41,12 @@ def test_docstring_examples(name, tmp_path, monkeypatch):
     assert result.attempted > 0
 
 
-def test_readme_examples():
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+@pytest.mark.parametrize("readme", [README, ROOT / "nn" / "README.md"], ids=lambda path: path.parent.name)
+def test_readme_examples(readme):
+    blocks = re.findall(r"```python\n(.*?)```", readme.read_text(), flags=re.DOTALL)
     assert blocks
     for block in blocks:
-        exec(compile(block, str(README), "exec"), {})
+        exec(compile(block, str(readme), "exec"), {})
 
 
 def test_readme_names_every_op_and_paper():

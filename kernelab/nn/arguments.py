@@ -11,11 +11,11 @@ from kernelab._core.sequences import check_padding_mask, documents_of
 from .cache import KeyValueCache
 
 
-def check_count(where: str, name: str, number: object, least: int = 1) -> None:
-    """An integer of at least ``least``."""
+def check_count(where: str, name: str, number: object, least: int | None = 1) -> None:
+    """An integer, of at least ``least``."""
     if isinstance(number, bool) or not isinstance(number, int):
         raise bad_type(where, name, "an integer", number)
-    if number < least:
+    if least is not None and number < least:
         raise bad_value(where, name, f"at least {least}", number)
 
 

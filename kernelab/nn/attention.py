@@ -148,7 +148,8 @@ def plain_attention(
 
 def _flash_fits(query: Tensor) -> bool:
     half = query.dtype in (torch.float16, torch.bfloat16)
-    return flash_attn_func is not None and query.is_cuda and half and query.shape[3] <= _FLASH_HEAD_DIM
+    fits = query.is_cuda and half and query.numel() > 0 and query.shape[3] <= _FLASH_HEAD_DIM
+    return flash_attn_func is not None and fits
 
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, causal: bool, cu_seqlens: Tensor | None) -> Tensor:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernelab.nn import Attention, KeyValueCache
+from kernelab.nn import Attention, KeyValueCache, RotaryAttention
+from kernelab.nn import attention as attention_file
 from tests.nn import explicit
 
 torch.manual_seed(0)
@@ -30,6 +31,43 @@ def test_a_cache_filled_in_pieces_gives_the_whole():
         parts = [attention(part, cache=cache) for part in x.split([3, 1, 1, 17, 18], dim=1)]
         torch.testing.assert_close(torch.cat(parts, 1), attention(x), rtol=1e-10, atol=1e-10)
     assert cache.length == 40
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_flash_attention_is_called_as_it_wants_to_be(monkeypatch, packed):
+    """A stand-in with flash-attn's layout: [B, N, H, D], or [N, H, D] and boundaries."""
+    calls = []
+
+    def one(query, key, value, causal):
+        assert query.shape[2:] == (4, 6)
+        assert key.shape[2:] == value.shape[2:] == (2, 6)
+        calls.append("one")
+        seen = explicit.visible(key.shape[1], query.shape[1], causal)  # flash-attn aligns the ends, too
+        q, k, v = (t.transpose(1, 2) for t in (query, *(t.repeat_interleave(2, 2) for t in (key, value))))
+        return (explicit.weights(q @ k.mT * 6**-0.5, seen) @ v).transpose(1, 2)
+
+    def many(query, key, value, first, second, longest, longest_key, causal):
+        assert first.dtype == second.dtype == torch.int32
+        assert longest == longest_key >= (first[1:] - first[:-1]).max()
+        parts = [t.split((first[1:] - first[:-1]).tolist()) for t in (query, key, value)]
+        return torch.cat([one(q[None], k[None], v[None], causal)[0] for q, k, v in zip(*parts, strict=True)])
+
+    attention = RotaryAttention(24, 4, num_kv_heads=2, causal=True).double()
+    x = torch.randn(1 if packed else 2, 9, 24, dtype=torch.float64)
+    bounds = torch.tensor([0, 4, 9]) if packed else None
+    wanted = attention(x, cu_seqlens=bounds)
+    monkeypatch.setattr(attention_file, "flash_attn_func", one)
+    monkeypatch.setattr(attention_file, "flash_attn_varlen_func", many)
+    monkeypatch.setattr(attention_file, "_flash_fits", lambda query: True)
+    torch.testing.assert_close(attention(x, cu_seqlens=bounds), wanted)
+    assert len(calls) == (2 if packed else 1)
+    if not packed:
+        cache = KeyValueCache()
+        with torch.no_grad():
+            pieces = [attention(part, cache=cache) for part in x.split([4, 3, 1, 1], 1)]
+        torch.testing.assert_close(torch.cat(pieces, 1), wanted)
+        attention(x, key_padding_mask=torch.ones(2, 9, dtype=torch.bool))
+        assert len(calls) == 5  # padding is not flash-attn's
 
 
 @pytest.mark.parametrize("tokens", [0, 1])
