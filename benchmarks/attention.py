@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from kernelab._core import registry
 from kernelab._core.spec import Case
 from kernelab.ops import relative_attention, specs
 from tests.contract import arguments as args
 
+from .functions import backends, compiled, of_function
 from .measure import BASE
-from .provider import BOTH, FORWARD_ONLY, SEED, Group, Provider, Results
+from .provider import FORWARD_ONLY, SEED, Group, Provider
 
 SPEC = next(spec for spec in specs() if spec.function is relative_attention)
 
@@ -91,7 +91,7 @@ def providers(case: Case, group: Group) -> list[str]:
         peers += ["gather-sdpa", "flex"]
         if sizes["table"] is not None and len(sizes["table"]) == 1:
             peers += ["einsum"]
-    return [BASE, *(f"kernelab/{backend}" for backend in _backends(group)), *peers]
+    return [BASE, *(f"kernelab/{backend}" for backend in backends(SPEC.name, group)), *peers]
 
 
 def builders(case: Case, group: Group) -> dict[str, Callable[[], Provider]]:
@@ -105,49 +105,23 @@ def builders(case: Case, group: Group) -> dict[str, Callable[[], Provider]]:
         "torch": (plain, plain),
         "einsum": (einsum, einsum),
         "gather-sdpa": (gather_sdpa, plain),
-        **{f"kernelab/{backend}": (partial(ours, backend=backend), definition) for backend in _backends(group)},
+        **{
+            f"kernelab/{backend}": (partial(ours, backend=backend), definition)
+            for backend in backends(SPEC.name, group)
+        },
     }
-    found = {name: partial(_of_function, group, arguments, *pair) for name, pair in functions.items()}
+    found = {name: partial(_provider, group, arguments, *pair) for name, pair in functions.items()}
     blocks = _causal_blocks(arguments) if arguments["causal"] else None
-    found["flex"] = partial(_compiled, group, arguments, partial(flex, block_mask=blocks), plain)
-    found["torch.compile"] = partial(_compiled, group, arguments, definition, definition)
+    found["flex"] = partial(_provider, group, arguments, partial(flex, block_mask=blocks), plain, compile=True)
+    found["torch.compile"] = partial(_provider, group, arguments, definition, definition, compile=True)
     return found
 
 
-def _backends(group: Group) -> list[str]:
-    empty = torch.empty(0, dtype=group.dtype, device=group.device)
-    return [name for name in registry.backends(SPEC.name) if registry.explain(SPEC.name, empty, backend=name).chosen]
-
-
-def _compiled(group: Group, arguments: dict, function: Callable, exact: Callable) -> Provider:
-    torch._dynamo.reset()
-    return _of_function(group, arguments, torch.compile(function, dynamic=False, fullgraph=True), exact)
-
-
-def _of_function(group: Group, arguments: dict, function: Callable, exact: Callable) -> Provider:
-    """A provider that is one differentiable function of the case's arguments."""
+def _provider(group: Group, arguments: dict, function: Callable, exact: Callable, *, compile: bool = False) -> Provider:
     sizes = of_the_op(**arguments)
-    forward, both = ((f, f + b) for f, b in (SPEC.bytes_moved(sizes), SPEC.flops(sizes)))
-    return Provider(
-        run=partial(_results, group, function, arguments),
-        exact=lambda dtype: _results(group, exact, args.copy(arguments, dtype)),
-        graph=partial(function, **arguments) if group.direction == BOTH else None,
-        weights=tuple(arguments[name] for name in ("table", "bias") if arguments[name] is not None),
-        work=(forward[group.direction == BOTH], both[group.direction == BOTH]),
-    )
-
-
-def _results(group: Group, function: Callable, arguments: dict) -> Results:
-    """The output and, for both directions, the gradients that the function has."""
-    if group.direction == FORWARD_ONLY:
-        with torch.no_grad():
-            return {"output": function(**arguments)}
-    output, leaves = function(**arguments), args.trainable(arguments)
-    generator = torch.Generator(output.device).manual_seed(SEED + 1)
-    cotangent = torch.randn(output.shape, generator=generator, device=output.device).to(output.dtype)
-    grads = torch.autograd.grad(output, list(leaves.values()), cotangent, allow_unused=True)
-    named = zip(leaves, grads, strict=True)
-    return {"output": output, **{f"gradient of {name}": grad for name, grad in named if grad is not None}}
+    work = {"bytes_moved": SPEC.bytes_moved(sizes), "flops": SPEC.flops(sizes)}
+    function = compiled(function) if compile else function
+    return of_function(group, arguments, function, exact, **work, weights=("table", "bias"))
 
 
 def of_the_op(query, key, value, table, bias, terms, causal, content) -> dict:

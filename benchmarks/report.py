@@ -54,6 +54,7 @@ TARGETS = (
     Target(("relative_attention", "forward+backward", *_RPE_K), "gather-sdpa", "kernelab/cpu", 1, 2),
     Target(("relative_attention", "forward+backward", *_RPE_K), "base", "kernelab/cpu", 1, 0.95),
     Target(("relative_attention", "forward+backward", *_RPE_KQ), "einsum", "kernelab/cpu", 1, 2.5),
+    Target(("window_mean", "forward", "heads-of-a-model", "float32"), "dense", "kernelab/cpu", 1, 20),
     Target((*_SAVED, "dropout-0.0", "bfloat16"), "kernelab", "peft-float32-adapters", -1, 0.65, "saved_bytes"),
     Target((*_SAVED, "dropout-0.05", "bfloat16"), "kernelab", "peft-float32-adapters", -1, 0.35, "saved_bytes"),
     Target((*_SAVED, "dropout-0.05", "bfloat16"), "kernelab", "peft", -1, 0.35, "saved_bytes"),

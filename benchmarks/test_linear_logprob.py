@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from kernelab._core import registry
 from kernelab.ops import specs
 from tests.contract import arguments as args
 
-from .provider import BOTH, FORWARD_ONLY, SEED, Group, Provider, Results
+from .functions import backends, compiled, of_function
+from .provider import BOTH, FORWARD_ONLY, SEED, Group, Provider
 
 SPECS = {spec.function.__name__: spec for spec in specs() if spec.name == "linear_logprob"}
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
@@ -33,13 +33,13 @@ def groups() -> Iterator[Group]:
                         yield Group(op, direction, case.name, dtype, device)
 
 
-def backends(group: Group) -> list[str]:
-    name, empty = SPECS[group.op].name, torch.empty(0, dtype=group.dtype, device=group.device)
-    return [backend for backend in registry.backends(name) if registry.explain(name, empty, backend=backend).chosen]
-
-
 def providers(group: Group) -> list[str]:
-    return [*(f"kernelab/{backend}" for backend in backends(group)), "torch", "torch-checkpoint", "torch.compile"]
+    return [
+        *(f"kernelab/{backend}" for backend in backends(SPECS[group.op].name, group)),
+        "torch",
+        "torch-checkpoint",
+        "torch.compile",
+    ]
 
 
 GRID = [pytest.param(group, name, id=f"{group}/{name}") for group in groups() for name in providers(group)]
@@ -52,13 +52,13 @@ def test_linear_logprob(measure, group, provider):
     arguments = args.build(case, group.device, group.dtype, SEED)
     plain = partial(eager, entropy="entropy" in group.op)
     builders = {
-        "torch": partial(of_function, group, arguments, plain, plain),
-        "torch-checkpoint": partial(of_function, group, arguments, partial(in_pieces, plain), plain),
-        "torch.compile": partial(compiled, group, arguments, plain),
+        "torch": partial(of_head, group, arguments, plain, plain),
+        "torch-checkpoint": partial(of_head, group, arguments, partial(in_pieces, plain), plain),
+        "torch.compile": lambda: of_head(group, arguments, compiled(plain), plain),
     }
-    for backend in backends(group):
+    for backend in backends(spec.name, group):
         ours = partial(spec.function, backend=backend)
-        builders[f"kernelab/{backend}"] = partial(of_function, group, arguments, ours, spec.reference)
+        builders[f"kernelab/{backend}"] = partial(of_head, group, arguments, ours, spec.reference)
     measure(builders)
 
 
@@ -77,31 +77,7 @@ def in_pieces(function: Callable, hidden, weight, target, bias, temperature) -> 
     return torch.cat(parts, dim=-1)
 
 
-def compiled(group: Group, arguments: dict, function: Callable) -> Provider:
-    torch._dynamo.reset()
-    return of_function(group, arguments, torch.compile(function, dynamic=False, fullgraph=True), function)
-
-
-def of_function(group: Group, arguments: dict, function: Callable, definition: Callable) -> Provider:
-    """A provider that is one differentiable function of the op's arguments, checked against its plain definition."""
+def of_head(group: Group, arguments: dict, function: Callable, definition: Callable) -> Provider:
     spec = SPECS[group.op]
-    forward, both = ((f, f + b) for f, b in (spec.bytes_moved(arguments), spec.flops(arguments)))
-    return Provider(
-        run=partial(results, group, function, arguments),
-        exact=lambda dtype: results(group, definition, args.copy(arguments, dtype)),
-        graph=partial(function, **arguments) if group.direction == BOTH else None,
-        weights=tuple(arguments[name] for name in ("weight", "bias", "target") if arguments[name] is not None),
-        work=(forward[group.direction == BOTH], both[group.direction == BOTH]),
-    )
-
-
-def results(group: Group, function: Callable, arguments: dict) -> Results:
-    """The output and, for both directions, the gradients."""
-    if group.direction == FORWARD_ONLY:
-        with torch.no_grad():
-            return {"output": function(**arguments)}
-    output, leaves = function(**arguments), args.trainable(arguments)
-    generator = torch.Generator(output.device).manual_seed(SEED + 1)
-    cotangent = torch.randn(output.shape, generator=generator, device=output.device).to(output.dtype)
-    grads = torch.autograd.grad(output, list(leaves.values()), cotangent)
-    return {"output": output, **{f"gradient of {name}": grad for name, grad in zip(leaves, grads, strict=True)}}
+    work = {"bytes_moved": spec.bytes_moved(arguments), "flops": spec.flops(arguments)}
+    return of_function(group, arguments, function, definition, **work, weights=("weight", "bias", "target"))
