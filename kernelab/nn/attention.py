@@ -82,13 +82,21 @@ class Attention(nn.Module):
     ) -> Tensor:
         """[B, N, d_model] to the same; the arguments as at the top of this file."""
         documents = check_call(self, x, key_padding_mask, cu_seqlens, cache)
-        query = split_heads(self.q_proj(x), self.num_heads)
-        key, value = (split_heads(project(x), self.num_kv_heads) for project in (self.k_proj, self.v_proj))
-        query, key = self.place(query, key, 0 if cache is None else cache.length, documents)
+        query, key = self._query_and_key(x, 0 if cache is None else cache.length, documents)
+        value = split_heads(self.v_proj(x), self.num_kv_heads)
         if cache is not None:
             key, value = cache.append(key, value)
-        memory = {} if cache is None else cache.memory
-        return self.o_proj(merge_heads(self.attend(query, key, value, key_padding_mask, cu_seqlens, memory)))
+        tables = self.tables(key.shape[2], {} if cache is None else cache.memory)
+        return self.o_proj(merge_heads(attend(query, key, value, tables, self.causal, key_padding_mask, cu_seqlens)))
+
+    def scores_of(
+        self, x: Tensor, *, key_padding_mask: Tensor | None = None, cu_seqlens: Tensor | None = None
+    ) -> dict[str, object]:
+        """All that the attention weights of x follow from: arguments for :mod:`kernelab.nn.statistics`."""
+        query, key = self._query_and_key(x, 0, check_call(self, x, key_padding_mask, cu_seqlens, None))
+        tables = {name: table for name, table in self.tables(x.shape[1], {}).items() if name != "value_table"}
+        visible = {"causal": self.causal, "key_padding_mask": key_padding_mask, "cu_seqlens": cu_seqlens}
+        return {"query": query, "key": key, **tables, **visible}
 
     def place(self, query: Tensor, key: Tensor, offset: int, documents: Tensor | None) -> tuple[Tensor, Tensor]:
         """Queries and keys [B, H, N, D] of the new tokens, told their positions.
@@ -97,17 +105,13 @@ class Attention(nn.Module):
         """
         return query, key
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_padding_mask: Tensor | None,
-        cu_seqlens: Tensor | None,
-        memory: dict,
-    ) -> Tensor:
-        """[B, H, Nq, D] from queries that end where the keys do; ``memory`` lives as long as the cache does."""
-        return plain_attention(query, key, value, self.causal, key_padding_mask, cu_seqlens)
+    def tables(self, keys: int, memory: dict) -> dict[str, object]:
+        """What of ``relative_attention`` depends on the distance; ``memory`` lives as long as the cache does."""
+        return {}
+
+    def _query_and_key(self, x: Tensor, offset: int, documents: Tensor | None) -> tuple[Tensor, Tensor]:
+        query, key = split_heads(self.q_proj(x), self.num_heads), split_heads(self.k_proj(x), self.num_kv_heads)
+        return self.place(query, key, offset, documents)
 
     def extra_repr(self) -> str:
         """What ``print`` says of the module beside its parts."""
@@ -125,25 +129,28 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
-def plain_attention(
+def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    tables: dict[str, object],
     causal: bool,
     key_padding_mask: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> Tensor:
-    """Attention of the content alone; queries end where the keys do."""
-    queries, keys = query.shape[2], key.shape[2]
-    if key_padding_mask is None and _flash_fits(query):
+    """[B, Hq, Nq, D] by what is fastest; queries end where the keys do."""
+    plain = not tables and key_padding_mask is None
+    if plain and _flash_fits(query):
         return _flash(query, key, value, causal, cu_seqlens)
-    # torch aligns a causal mask with the first key, ours ends at the last: the same for as many queries as keys
-    if key_padding_mask is None and cu_seqlens is None and keys > 0 and (not causal or queries in (1, keys)):
+    queries, keys = query.shape[2], key.shape[2]
+    if plain and cu_seqlens is None and keys > 0:
         groups = query.shape[1] != key.shape[1]
-        return F.scaled_dot_product_attention(query, key, value, is_causal=causal and queries > 1, enable_gqa=groups)
-    return relative_attention(
-        query, key, value, causal=causal, key_padding_mask=key_padding_mask, cu_seqlens=cu_seqlens
-    )
+        if not causal or queries == 1:
+            return F.scaled_dot_product_attention(query, key, value, enable_gqa=groups)
+        if queries == keys:  # else torch's causal mask begins at the first key, where ours ends at the last
+            return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=groups)
+    visible = {"causal": causal, "key_padding_mask": key_padding_mask, "cu_seqlens": cu_seqlens}
+    return relative_attention(query, key, value, **tables, **visible)
 
 
 def _flash_fits(query: Tensor) -> bool:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import inspect
 
-from torch import Tensor, nn
+from torch import nn
 
 from kernelab._core.errors import bad_type, bad_value
-from kernelab.ops import relative_attention
 
 from .attention import Attention
 from .schemes import SCHEMES
@@ -65,16 +64,6 @@ class RelativeAttention(Attention):
         given["bidirectional"] = not self.causal
         return scheme(**({name: value for name, value in given.items() if name in known} | options))
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_padding_mask: Tensor | None,
-        cu_seqlens: Tensor | None,
-        memory: dict,
-    ) -> Tensor:
-        """The op, with the tables of the scheme."""
-        tables = self.position(self, max(key.shape[2] - 1, 0), memory)
-        visible = {"causal": self.causal, "key_padding_mask": key_padding_mask, "cu_seqlens": cu_seqlens}
-        return relative_attention(query, key, value, **tables, **visible)
+    def tables(self, keys: int, memory: dict) -> dict[str, object]:
+        """The tables of the scheme, for distances up to ``keys - 1``."""
+        return self.position(self, max(keys - 1, 0), memory)

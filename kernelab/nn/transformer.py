@@ -100,6 +100,8 @@ class Transformer(nn.Module):
         _check_choice("activation", activation, tuple(ACTIVATIONS))
         _check_choice("norm", norm, NORMS)
         _check_embedded(position, d_model, max_length)
+        if not isinstance(position_options, (dict, type(None))):
+            raise bad_type(WHERE, "position_options", "a dict or None", position_options)
         if isinstance(dropout, bool) or not isinstance(dropout, numbers.Real) or not 0 <= dropout < 1:
             raise bad_value(WHERE, "dropout", "a probability 0 <= p < 1", dropout)
 

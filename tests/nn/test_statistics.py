@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kernelab.nn import Transformer
 from kernelab.nn.statistics import boundary_statistic, mean_weight_by_distance
 from tests.nn import explicit
 
@@ -68,6 +69,37 @@ def test_boundary_statistic(name):
                     count += 1
             wanted = total / count if count else torch.full_like(total, torch.nan)
             torch.testing.assert_close(ours[:, row, column], wanted, rtol=1e-9, atol=1e-10, equal_nan=True)
+
+
+@pytest.mark.parametrize("position", ["rotary", "disentangled", "relative_key"])
+def test_of_a_layer(position):
+    options = {"position_options": {"value": True}} if position == "relative_key" else {}
+    model = Transformer(9, 24, 1, 4, position=position, causal=True, **options).double()
+    layer = model.layers[0]
+    torch.nn.init.normal_(layer.attention.q_proj.weight)
+    x = layer.attention_norm(model.embedding(torch.randint(9, (2, 7))))
+    mask = torch.arange(7) > torch.tensor([[2], [-1]])
+    arguments = layer.attention.scores_of(x, key_padding_mask=mask)
+    mean = mean_weight_by_distance(**arguments)
+    marks = torch.rand(2, 7) < 0.5
+    assert boundary_statistic(**arguments, query_marks=marks, key_marks=marks).shape == (4, 1, 1)
+    seen = explicit.visible(7, 7, True, mask)
+    p = explicit.weights(_scores(arguments), seen)
+    distance = explicit.distances(7)
+    for d in range(-6, 1):
+        at = seen & (distance == d)
+        torch.testing.assert_close(mean[:, 6 + d], (p * at).sum(dim=(0, 2, 3)) / at.sum(), equal_nan=True)
+
+
+def _scores(arguments):
+    scores = arguments["query"] @ arguments["key"].mT
+    for name, side in (("query_table", arguments["query"]), ("key_table", arguments["key"])):
+        table = arguments.get(name)
+        if table is not None:
+            reach = table.shape[1] // 2
+            rows = table[:, explicit.distances(7).clamp(-reach, reach) + reach].expand(4, -1, -1, -1)
+            scores = scores + torch.einsum(f"bh{'i' if side is arguments['query'] else 'j'}d,hijd->bhij", side, rows)
+    return scores * arguments.get("scale", arguments["query"].shape[3] ** -0.5)
 
 
 def test_low_precision_is_summed_in_float32_and_nothing_is_differentiated():

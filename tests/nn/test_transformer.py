@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
 
 from kernelab.nn import KeyValueCache, Transformer
 from kernelab.nn.decoding import sample
@@ -165,18 +166,27 @@ def test_absolute_positions_are_a_table():
     torch.testing.assert_close(model.hidden(tokens), model.final_norm(by_hand.layers[0](x)))
 
 
-@pytest.mark.parametrize("position", ["disentangled", "rotary"])
-def test_it_compiles_whole(position):
-    model = build(position)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    tokens = tokens_of()
-    torch.testing.assert_close(compiled(tokens), model(tokens))
-    compiled(tokens).square().sum().backward()
-    grads = [parameter.grad.clone() for parameter in model.parameters()]
-    model.zero_grad()
-    model(tokens).square().sum().backward()
-    for got, parameter in zip(grads, model.parameters(), strict=True):
-        torch.testing.assert_close(got, parameter.grad)
+@pytest.mark.parametrize("position", ["relative_key_query", "disentangled", "rotary"])
+def test_it_compiles_whole_and_once(position):
+    torch._dynamo.reset()
+    model = build(position, num_layers=1)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for length in (11, 5):
+            tokens, grads = tokens_of(length=length), []
+            for run in (compiled, model):
+                model.zero_grad()
+                logits = run(tokens)
+                logits.square().sum().backward()
+                grads.append([logits, *(parameter.grad.clone() for parameter in model.parameters())])
+            torch.testing.assert_close(*grads)
+
+
+def test_it_runs_on_tensors_that_have_sizes_only():
+    with FakeTensorMode():
+        model = Transformer(VOCAB, 24, 2, 4, position="absolute", max_length=24)
+        model(tokens_of(1), cu_seqlens=torch.tensor([0, 4, 11])).sum().backward()
+        assert model.embedding.weight.grad.shape == (VOCAB, 24)
 
 
 @pytest.mark.parametrize("position", SETTINGS)
@@ -256,6 +266,7 @@ def test_new_weights():
         ("'norm'", {"norm": "rms"}),
         ("'dropout'", {"dropout": 1.0}),
         ("'gate'", {"gate": 1}),
+        ("'position_options'", {"position_options": ["per_head"]}),
         ("'max_length'", {"position": "absolute"}),
         ("'max_length'", {"max_length": 5}),
         ("'d_model'", {"position": "sinusoidal", "d_model": 9, "num_heads": 3}),

@@ -180,6 +180,8 @@ def relative_attention(
     warn_of_queries_without_keys(causal, query_offset)
     heads = autocast(query, key, value, query_table, key_table, value_table)
     query, key, value, query_table, key_table, value_table = heads
+    if key_table is query_table and key_table is not None:
+        key_table = key_table.view_as(key_table)  # torch.compile refuses one tensor in two places of a Function
     tables = {"query_table": query_table, "key_table": key_table, "value_table": value_table}
     check_dtype(WHERE, "query", query, key=key, value=value, **tables)
     if bias is not None and bias.dtype != torch.float32:
