@@ -10,6 +10,8 @@ import pytest
 import safetensors.torch
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import (
     AttentionInterface,
     BertConfig,
@@ -33,6 +35,7 @@ from transformers import (
     RobertaForMaskedLM,
     StaticCache,
     T5Config,
+    T5EncoderModel,
     T5ForConditionalGeneration,
 )
 from transformers.models.deberta_v2.modeling_deberta_v2 import DisentangledSelfAttention, build_relative_position
@@ -248,6 +251,18 @@ def test_t5_trains_and_generates_without_a_bias_of_pairs(model_class, config, mo
     assert torch.equal(ours, model.generate(ids, attention_mask=mask, max_new_tokens=6))
 
 
+@pytest.mark.usefixtures("no_sdpa")
+def test_t5_with_checkpoints_has_the_same_gradients():
+    model = build(T5ForConditionalGeneration, T5Config(**T5_SIZES, dropout_rate=0.0, decoder_start_token_id=0))
+    model.set_attn_implementation("kernelab")
+    ids, mask = tokens(length=30)
+    answer, _ = tokens(length=20)
+    arguments = {"attention_mask": mask, "decoder_input_ids": answer, "valid": torch.ones_like(answer)}
+    expected = results(model.train(), ids, **arguments)
+    model.activation_checkpointing_enable()
+    assert_same(results(model, ids, **arguments), expected)
+
+
 def spy(function, shapes):
     def called(*args, bias, **kwargs):
         shapes.append(tuple(bias.shape))
@@ -437,12 +452,13 @@ def test_deberta_has_one_row_for_all_distances_beyond(buckets, most):
     )
     layer = deberta_layer(config)
     rows = torch.randn(2 * (buckets if buckets > 0 else most), 32)
-    longest, longer = (layer.tables(tokens, rows)["query_table"] for tokens in (most + 1, 3 * most))
+    length = min(3 * most, most + 64)
+    longest, longer = (layer.tables(tokens, rows)["query_table"] for tokens in (most + 1, length))
     assert longest.shape == longer.shape == (4, 2 * most + 1, 8)
-    index = torch.arange(3 * most)
+    index = torch.arange(length)
     index = build_relative_position(index[:, None], index[:, None], buckets, most)[0] + len(rows) // 2
     exact = layer.pos_key_proj(rows).view(-1, 4, 8)[index.clamp(0, len(rows) - 1)]  # [Nq, Nk, H, D]
-    kept = longer[:, (torch.arange(3 * most) - torch.arange(3 * most)[:, None]).clamp(-most, most) + most]
+    kept = longer[:, (torch.arange(length) - torch.arange(length)[:, None]).clamp(-most, most) + most]
     torch.testing.assert_close(kept, exact.permute(2, 0, 1, 3))
 
 
@@ -477,3 +493,47 @@ def test_deberta_goes_the_old_way_where_it_must(caplog):
     ]
     with pytest.raises(ValueError, match="DeBERTa-v2 layers"):
         replace_disentangled_attention(nn.Linear(2, 2))
+
+
+def t5():
+    model = T5EncoderModel(T5Config(**T5_SIZES, dropout_rate=0.0))
+    model.set_attn_implementation("kernelab")
+    return model
+
+
+def llama():
+    model = LlamaForCausalLM(MODELS["llama"][1])
+    model.set_attn_implementation("kernelab")
+    return model
+
+
+def old_bert():
+    return relative_bert(BertForMaskedLM)(
+        BertConfig(**SIZES, max_position_embeddings=800, position_embedding_type="relative_key_query")
+    ).eval()
+
+
+def new_deberta():
+    config = DebertaV2Config(**SIZES, **DEBERTAS["v3"], max_position_embeddings=800)
+    return replace_disentangled_attention(DebertaV2ForMaskedLM(config).eval())
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of a tensor that an operator makes; kernelab's ops are one operator each."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        self.elements = max([self.elements, *sizes])
+        return result
+
+
+@pytest.mark.parametrize("make", [t5, llama, old_bert, new_deberta])
+def test_no_tensor_has_an_element_for_every_pair(make):
+    model = make()
+    ids, mask = tokens(batch=1, length=500)
+    with Largest() as largest:
+        model(ids, attention_mask=mask)[0].sum().backward()
+    assert largest.elements < 500 * 500
