@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
 
+from kernelab import lora
 from kernelab.nn import KeyValueCache, Transformer
 from kernelab.nn.decoding import sample
 from kernelab.ops import linear_logprob
@@ -324,3 +325,14 @@ def test_bad_decoding_names_the_argument(named, call):
         build("absolute").generate(**call)
     with pytest.raises(ValueError, match="'causal'"):
         build("none", causal=False).generate(tokens_of(), 1)
+
+
+def test_adapters_find_its_projections():
+    model, tokens = build("rotary"), tokens_of()
+    before = model(tokens)
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
+    lora.inject(model, adapters={"actor": lora.LoRAConfig(r=2)}, target_modules=names)
+    with lora.off(model):
+        assert torch.equal(model(tokens), before)
+    adapters = lora.adapter_parameters(model, "actor")
+    assert len(adapters) == 2 * 2 * len(names)
