@@ -402,8 +402,9 @@ def test_relative_bert_refuses_what_would_lose_the_positions():
         relative_bert(nn.Linear)
     with pytest.raises(ValueError, match=r"position_embedding_type.*relative_key.*absolute"):
         relative_bert(BertForMaskedLM)(BertConfig(**SIZES, position_embedding_type="absolute"))
-    with pytest.raises(TypeError, match=r"attention\.self"):
-        relative_bert(LlamaForCausalLM)(LlamaConfig(**SIZES, position_embedding_type="relative_key"))
+    for model_class, config in ((LlamaForCausalLM, LlamaConfig), (DebertaV2ForMaskedLM, DebertaV2Config)):
+        with pytest.raises(TypeError, match=r"attention\.self"):
+            relative_bert(model_class)(config(**SIZES, position_embedding_type="relative_key"))
     model = relative(BertForMaskedLM, BertConfig, "relative_key")
     ids, _ = tokens(length=25)
     with pytest.raises(ValueError, match="24 tokens of distance_embedding"):

@@ -66,8 +66,8 @@ def relative_bert(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
 def _add_distances(model: PreTrainedModel, config) -> None:
     modules = dict(model.named_modules())
     layers = [module for name, module in modules.items() if f".{name}".endswith(".attention.self")]
-    if not layers or not all(hasattr(layer, "attention_head_size") for layer in layers):
-        expected = "a model whose layers have attention.self, as BERT's"
+    if not layers or not all(hasattr(layer, "attention_head_size") and hasattr(layer, "is_causal") for layer in layers):
+        expected = "a model whose layers have attention.self, as BERT's, which asks transformers' attention interface"
         raise bad_type(WHERE, "model_class", expected, type(model).__bases__[0])
     for layer in layers:
         layer.relative_terms = _TERMS[config.position_embedding_type]
