@@ -10,7 +10,7 @@ from .relative_attention import relative_attention
 
 __all__ = ["explain", "linear_logprob", "lora_add", "lora_linear", "relative_attention"]
 
-_FOLDERS = ("linear_logprob", "lora_linear", "relative_attention", "window_mean")
+_FOLDERS = ("linear_logprob", "lora_linear", "relative_attention", "toeplitz_attention", "window_mean")
 
 
 def specs():
