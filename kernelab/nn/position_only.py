@@ -54,8 +54,8 @@ class ValueAttention(nn.Module):
 class PositionOnlyAttention(ValueAttention):
     """Self-attention whose weights are learned, depend on the distance, and on nothing else: ``softmax(b_c) v``.
 
-    ``c = clip(j - i, -max_distance, max_distance)`` for query i and key j. Each head has its own bias, 0 at first, which
-    weighs all visible tokens equally.
+    ``c = clip(j - i, -max_distance, max_distance)`` for query i and key j. Each head has its own bias, at first 0,
+    which weighs all visible tokens equally.
 
     Args:
         d_model: features of x.
