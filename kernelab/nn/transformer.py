@@ -19,14 +19,17 @@ from .attention import Attention
 from .cache import KeyValueCache
 from .decoding import check_prompt, check_sampling, decode, sample
 from .layer import ACTIVATIONS, NORMS, Layer
+from .position_only import PositionOnlyAttention
 from .positions import sinusoids, token_positions
 from .relative import RelativeAttention
 from .rotary import RotaryAttention
 from .schemes import SCHEMES
+from .window import WindowAttention
 
 WHERE = "Transformer"
 EMBEDDED = ("absolute", "sinusoidal", "none")  # added to the embeddings, or not there
-POSITIONS = (*EMBEDDED, "rotary", *SCHEMES)
+WITHOUT_CONTENT = {"position_only": PositionOnlyAttention, "window": WindowAttention}
+POSITIONS = (*EMBEDDED, "rotary", *SCHEMES, *WITHOUT_CONTENT)
 _STD = 0.02  # of new weights, as in BERT and GPT-2
 
 
@@ -37,7 +40,8 @@ class Transformer(nn.Module):
         vocab_size, d_model, num_layers, num_heads: as their names say.
         position: how tokens know where they stand. Added to the embeddings: "absolute" (learned), "sinusoidal",
             "none"; in the attention: "rotary", or "relative_key", "relative_key_query", "disentangled", "t5", "alibi"
-            of :mod:`kernelab.nn.schemes`. Layers share the bias of "t5" and the embeddings of "disentangled".
+            of :mod:`kernelab.nn.schemes`; in place of content: "position_only", "window". Layers share the bias of
+            "t5" and the embeddings of "disentangled".
         position_options: keyword arguments of the scheme, as ``{"per_head": True}`` or ``{"rotary_dim": 32}``.
         max_distance: of the scheme, where it has one; None: its default.
         max_length: the number of positions that "absolute" has.
@@ -267,6 +271,11 @@ def _attention(
         return Attention(d_model, num_heads, **heads, **options)
     if position == "rotary":
         return RotaryAttention(d_model, num_heads, **heads, **options)
+    if position in WITHOUT_CONTENT:
+        if heads["num_kv_heads"] is not None:
+            raise bad_value(WHERE, "num_kv_heads", f"None with position {position!r}", heads["num_kv_heads"])
+        heads = {name: value for name, value in heads.items() if name != "num_kv_heads"}
+        return WITHOUT_CONTENT[position](d_model, num_heads, **heads, **options)
     if position == "t5" and first is not None:
         return RelativeAttention(d_model, num_heads, position=first.position, **heads)
     if position == "disentangled" and first is not None:

@@ -24,6 +24,8 @@ SETTINGS = {
     "t5": {"max_distance": 9, "position_options": {"num_buckets": 8}},
     "alibi": {"position_options": {"trainable": True}},
     "rotary": {"position_options": {"rotary_dim": 4}},
+    "position_only": {"max_distance": 4, "num_kv_heads": None},
+    "window": {"position_options": {"widths": [1, 2, 4, 20]}, "num_kv_heads": None},
 }
 
 
@@ -274,6 +276,8 @@ def test_new_weights():
         ("'widths'", {"position_options": {"widths": [1]}}),
         ("'max_distance'", {"position": "alibi", "max_distance": 3}),
         ("'max_distance'", {"position": "none", "max_distance": 3}),
+        ("'num_kv_heads'", {"position": "window", "num_kv_heads": 1}),
+        ("'max_distance'", {"position": "position_only"}),
         ("'rotary'", {"position": "rotary", "position_options": {"rotary": 3}}),
     ],
 )
