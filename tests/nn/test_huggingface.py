@@ -220,6 +220,25 @@ def test_dropout_goes_through_sdpa_with_the_same_draws(caplog):
     ]
 
 
+def test_a_mask_says_more_than_the_layer_does():
+    query, key, value = torch.randn(3, 2, 4, 7, 8, dtype=torch.float64).unbind()
+    mask = torch.rand(2, 7) < 0.7
+    mask[:, 0] = True
+    for causal, shaped in ((True, mask[:, None]), (False, mask[:, None, None])):
+        layer = nn.Module()
+        layer.is_causal = not causal
+        out, _ = interface.attention(layer, query, key, value, shaped)
+        exact = relative_attention(query, key, value, causal=causal, key_padding_mask=mask)
+        torch.testing.assert_close(out, exact.transpose(1, 2))
+
+
+def test_the_mask_of_keys_follows_the_window_of_a_cache():
+    padding = torch.rand(2, 9) < 0.5  # of 9 tokens the cache has the last 6
+    found = interface.mask(2, 1, 6, q_offset=8, kv_offset=3, attention_mask=padding)
+    assert torch.equal(found, padding[:, None, 3:])
+    assert interface.mask(2, 4, 9, q_offset=3, attention_mask=padding).shape == (2, 1, 4, 9)  # not at the end
+
+
 def test_what_cannot_be_computed_is_refused_by_name():
     ids, _ = tokens()
     gemma = build(Gemma2ForCausalLM, Gemma2Config(**SIZES, num_key_value_heads=2, head_dim=8))
@@ -276,9 +295,11 @@ def test_t5_with_a_static_cache_and_with_dropout():
     ids, mask = tokens(length=30)
     answer, _ = tokens(length=20)
     options = {"max_new_tokens": 5, "cache_implementation": "static", "disable_compile": True}
+    layer = model.encoder.block[0].layer[0].SelfAttention
     found = []
     for implementation in ("sdpa", "kernelab"):
         model.set_attn_implementation(implementation)
+        assert layer.compute_bias(2, 9, past_seen_tokens=4).shape == (1, 4, 2, 9)
         generated = model.eval().generate(ids, attention_mask=mask, **options)
         torch.manual_seed(3)
         trained = results(
@@ -446,6 +467,16 @@ def test_deberta_gives_the_logits_and_gradients_of_transformers(name, monkeypatc
     replace_disentangled_attention(model)  # again is no error
 
 
+def test_deberta_drops_the_same_features():
+    model = deberta(hidden_dropout_prob=0.4, attention_probs_dropout_prob=0.0).train()
+    ids, mask = tokens()
+    found = []
+    for change in (lambda model: model, replace_disentangled_attention):
+        torch.manual_seed(3)
+        found.append(results(change(model), ids, attention_mask=mask, valid=mask))
+    assert_same(found[1], found[0], 1e-6)
+
+
 @pytest.mark.parametrize(("buckets", "most"), [(6, 11), (4, 3), (2, 30), (16, 20), (-1, 9), (256, 512)])
 def test_deberta_has_one_row_for_all_distances_beyond(buckets, most):
     config = DebertaV2Config(
@@ -471,25 +502,27 @@ def test_deberta_goes_the_old_way_where_it_must(caplog):
     ids, mask = tokens()
     pairs = (torch.rand(3, 17, 17) < 0.7).long() | torch.eye(17, dtype=torch.long)
     hidden = torch.randn(3, 17, 32, dtype=torch.float64)
+    positions = torch.randint(-5, 6, (1, 17, 17))
     model = deberta(attention_probs_dropout_prob=0.4)
 
     def compute():
         torch.manual_seed(3)
         dropped = results(model.train(), ids, attention_mask=mask, valid=mask)
         masked = model.eval().deberta.encoder(hidden, pairs).last_hidden_state
+        placed = model.deberta.encoder(hidden, mask, relative_pos=positions).last_hidden_state[mask.bool()]
         weights = model(ids, output_attentions=True).attentions
-        return dropped, masked, weights
+        return dropped, masked, placed, weights
 
     expected = compute()
     replace_disentangled_attention(model)
     with caplog.at_level(logging.WARNING, "kernelab"):
-        dropped, masked, weights = compute()
+        dropped, *others = compute()
     assert_same(dropped, expected[0])
-    torch.testing.assert_close(masked, expected[1])
-    torch.testing.assert_close(weights, expected[2])
+    torch.testing.assert_close(others, list(expected[1:]))
     assert [record.message.split(" goes ")[0].split(": ")[1] for record in caplog.records] == [
         "dropout of attention weights",
         "a mask of its own for every query",
+        "positions of the caller",
         "output_attentions",
     ]
     with pytest.raises(ValueError, match="DeBERTa-v2 layers"):
