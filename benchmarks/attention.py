@@ -18,6 +18,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from kernelab._core.spec import Case
 from kernelab.ops import relative_attention, specs
+from kernelab.ops.toeplitz_attention import toeplitz_attention
 from tests.contract import arguments as args
 
 from .functions import backends, compiled, of_function
@@ -87,7 +88,9 @@ def providers(case: Case, group: Group) -> list[str]:
     """Who can compute the case. SDPA and FlexAttention have no way to leave q.k out; old BERT had one table a layer."""
     sizes = case.build(torch.device("meta"), group.dtype, None)
     peers = ["torch", "torch.compile"]
-    if sizes["content"]:
+    if not sizes["content"]:
+        peers += [f"kernelab-toeplitz/{backend}" for backend in backends("toeplitz_attention", group)]
+    else:
         peers += ["gather-sdpa", "flex"]
         if sizes["table"] is not None and len(sizes["table"]) == 1:
             peers += ["einsum"]
@@ -108,6 +111,10 @@ def builders(case: Case, group: Group) -> dict[str, Callable[[], Provider]]:
         **{
             f"kernelab/{backend}": (partial(ours, backend=backend), definition)
             for backend in backends(SPEC.name, group)
+        },
+        **{
+            f"kernelab-toeplitz/{backend}": (partial(toeplitz, backend=backend), definition)
+            for backend in backends("toeplitz_attention", group)
         },
     }
     found = {name: partial(_provider, group, arguments, *pair) for name, pair in functions.items()}
@@ -134,6 +141,11 @@ def of_the_op(query, key, value, table, bias, terms, causal, content) -> dict:
 
 def ours(*, backend: str | None = None, **arguments) -> Tensor:
     return relative_attention(**of_the_op(**arguments), backend=backend)
+
+
+def toeplitz(query, key, value, table, bias, terms, causal, content, *, backend: str | None = None) -> Tensor:
+    """Of a case without content."""
+    return toeplitz_attention(value, bias, causal=causal, backend=backend)
 
 
 def definition(**arguments) -> Tensor:

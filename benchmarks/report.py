@@ -36,6 +36,7 @@ _BOTH = ("lora_linear", "forward+backward")
 _LOGPROB = ("linear_logprob", "forward+backward", "head-32000", "float32")
 _RPE_K = ("rpe-k-512-reach-64", "float32")
 _RPE_KQ = ("rpe-kq-64", "float32")
+_POSITION_ONLY = ("relative_attention", "forward", "position-only-512")
 _SAVED = ("lora_layers", "saved")
 _DECODER = ("decoder_layer", "saved", "dropout-0.0")
 TARGETS = (
@@ -54,6 +55,8 @@ TARGETS = (
     Target(("relative_attention", "forward+backward", *_RPE_K), "gather-sdpa", "kernelab/cpu", 1, 2),
     Target(("relative_attention", "forward+backward", *_RPE_K), "base", "kernelab/cpu", 1, 0.95),
     Target(("relative_attention", "forward+backward", *_RPE_KQ), "einsum", "kernelab/cpu", 1, 2.5),
+    Target((*_POSITION_ONLY, "float32"), "torch", "kernelab-toeplitz/cpu", 1, 2.2),
+    Target((*_POSITION_ONLY, "float32"), "base", "kernelab-toeplitz/cpu", 1, 1.5),
     Target(("window_mean", "forward", "heads-of-a-model", "float32"), "dense", "kernelab/cpu", 1, 20),
     Target((*_SAVED, "dropout-0.0", "bfloat16"), "kernelab", "peft-float32-adapters", -1, 0.65, "saved_bytes"),
     Target((*_SAVED, "dropout-0.05", "bfloat16"), "kernelab", "peft-float32-adapters", -1, 0.35, "saved_bytes"),
