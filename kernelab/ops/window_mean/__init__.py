@@ -22,10 +22,7 @@ _backward = define.define(
     WHERE, "backward", f"(Tensor grad_out, {_REST}) -> Tensor", lambda grad, *_: grad.new_empty(grad.shape)
 )
 
-registry.register(WHERE, "reference", module=f"{__name__}.reference", priority=0, devices=(), supports=lambda *_: None)
-registry.register(
-    WHERE, "cpu", module=f"{__name__}.cpu_kernels", priority=10, devices=("cpu",), supports=registry.cpu_support
-)
+registry.register_usual(WHERE, __name__)
 
 
 class _WindowMean(torch.autograd.Function):
@@ -76,7 +73,7 @@ def window_mean(
         key_padding_mask: boolean [B, N], True where a token counts.
         cu_seqlens: int32 or int64 [documents + 1], boundaries ``0, ..., N`` of documents that are packed in a batch of
             1 and do not see each other.
-        backend: "reference" or "cpu"; None chooses (``kernelab.explain`` says which and why).
+        backend: "reference", "cpu" or "triton"; None chooses (``kernelab.explain`` says which and why).
 
     Returns:
         [B, H, N, D]; a token that sees none gives 0.

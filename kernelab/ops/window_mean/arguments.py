@@ -56,5 +56,10 @@ def inverse_counts(
     return torch.where(counts > 0, inverse, 0)
 
 
+def kept(mask: Tensor | None, like: Tensor) -> Tensor | None:
+    """1 for a key that may be seen, 0 for padding, [B, 1, N] in the dtype of ``like``."""
+    return None if mask is None else mask[:, None].to(like.dtype)
+
+
 def _is_integer(number: object) -> bool:
     return isinstance(number, (int, torch.SymInt)) and not isinstance(number, bool)

@@ -9,24 +9,19 @@ from torch.nn import functional as F
 from kernelab._core import native
 from kernelab._core.sequences import document_slices
 
-from .arguments import inverse_counts, reach
+from .arguments import inverse_counts, kept, reach
 
 
 def forward(value, widths, causal, key_padding_mask, documents):
     back, ahead = reach(widths, causal, value.shape[2])
     inverse = inverse_counts(value, widths, causal, key_padding_mask, documents)
-    return _window_sum(value, _kept(key_padding_mask, inverse), inverse, back, ahead, documents)
+    return _window_sum(value, kept(key_padding_mask, inverse), inverse, back, ahead, documents)
 
 
 def backward(grad_out, widths, causal, key_padding_mask, documents):
     back, ahead = reach(widths, causal, grad_out.shape[2])
     inverse = inverse_counts(grad_out, widths, causal, key_padding_mask, documents)
-    return _window_sum(grad_out, inverse, _kept(key_padding_mask, inverse), ahead, back, documents)
-
-
-def _kept(mask: Tensor | None, like: Tensor) -> Tensor | None:
-    """1 for a key that may be seen, 0 for padding: [B, 1, N]."""
-    return None if mask is None else mask[:, None].to(like.dtype)
+    return _window_sum(grad_out, inverse, kept(key_padding_mask, inverse), ahead, back, documents)
 
 
 def _window_sum(

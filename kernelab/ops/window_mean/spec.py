@@ -12,7 +12,7 @@ from kernelab._core.sequences import documents_of
 from kernelab._core.spec import Case, Misuse, OpSpec
 
 from . import reference as definition
-from . import window_mean
+from . import triton_spec, window_mean
 from .arguments import check
 
 
@@ -141,10 +141,11 @@ SPECS = (
         function=window_mean,
         reference=reference,
         cases=CASES,
-        dtypes={"reference": _FLOATS, "cpu": _FLOATS},
+        dtypes={"reference": _FLOATS, "cpu": _FLOATS, "triton": _FLOATS[:3]},
         bytes_moved=_bytes_moved,
         flops=_flops,
         dynamic={"value": _OPEN},
+        launches=triton_spec.launches,
         misuses=_MISUSES,
     ),
 )
