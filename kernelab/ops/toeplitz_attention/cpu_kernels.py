@@ -15,7 +15,8 @@ from kernelab._core.sequences import document_slices
 from . import blocked
 from .arguments import no_gradient
 
-HEIGHT = 64  # rows of a block
+HEIGHT = 64  # rows of a block, where there are as many
+FEW = 8  # queries that are not worth an arrangement of the values
 # Weights are relative to the largest of their head. A query whose weights sum up to less than this may have lost those
 # that count, and is computed by itself.
 LEAST_MASS = 2.0**-40
@@ -24,28 +25,29 @@ LEAST_MASS = 2.0**-40
 class _Toeplitz:
     """The matrix with ``weights[d - lowest]`` at row i and column j of distance ``d = j - i - offset``, else 0."""
 
-    def __init__(self, weights: Tensor, lowest: int) -> None:
+    def __init__(self, weights: Tensor, lowest: int, rows: int) -> None:
         nonzero = weights.nonzero()
         first, last = (int(nonzero[0]), int(nonzero[-1])) if len(nonzero) else (0, -1)
         self.weights = weights[first : last + 1]
         self.lowest, self.highest = lowest + first, lowest + last
         # Row r of a block begins r numbers before row 0: as far as a row of copies is long, and one less, each time.
-        padded = torch.nn.functional.pad(self.weights, (HEIGHT - 1, HEIGHT - 1))
-        self.copies = padded.expand(HEIGHT, -1).contiguous()
+        self.height = max(min(rows, HEIGHT), 1)
+        padded = torch.nn.functional.pad(self.weights, (self.height - 1, self.height - 1))
+        self.copies = padded.expand(self.height, -1).contiguous()
 
-    def transposed(self) -> _Toeplitz:
+    def transposed(self, columns: int) -> _Toeplitz:
         """The transposed matrix, whose offset is that of this one with the other sign."""
-        return _Toeplitz(self.weights.flip(0), -self.highest)
+        return _Toeplitz(self.weights.flip(0), -self.highest, columns)
 
     def blocks(self, rows: int, columns: int, offset: int) -> Iterator[tuple[slice, slice, Tensor]]:
         """``(rows, columns, [m, n])`` of the blocks of rows, without columns, and rows, that have no weights."""
         pitch = self.copies.shape[1] - 1
-        for first in range(0, rows, HEIGHT):
-            last = min(first + HEIGHT, rows) - 1
+        for first in range(0, rows, self.height):
+            last = min(first + self.height, rows) - 1
             start = max(first + offset + self.lowest, 0)
             end = min(last + offset + self.highest + 1, columns)
             if start < end:
-                place = start - first - offset - self.lowest + HEIGHT - 1
+                place = start - first - offset - self.lowest + self.height - 1
                 view = self.copies.as_strided((last + 1 - first, end - start), (pitch, 1), place)
                 yield slice(first, last + 1), slice(start, end), view
 
@@ -89,7 +91,7 @@ class _Head(NamedTuple):
 
     def bias_gradient(self, scaled: Tensor, inverse: Tensor, offset: int, columns: int) -> Tensor:
         """[2K+1], of the cotangents over their masses [G, m, C] and one over the masses [G, m, 1]."""
-        weights, lowest = self.matrix.copies[0], self.matrix.lowest - HEIGHT + 1
+        weights, lowest = self.matrix.copies[0], self.matrix.lowest - self.matrix.height + 1
         by_distance = torch.zeros_like(weights)
         for rows, keys, block in self.matrix.blocks(scaled.shape[1], self.v.shape[1], offset):
             ds = sum(self._ds(group, rows, keys, block, scaled, inverse) for group in range(len(scaled)))
@@ -120,6 +122,11 @@ class _Head(NamedTuple):
 def forward(value, bias, key_padding_mask, documents, causal, queries, query_offset):
     batch, heads, _, features = value.shape
     wide, groups = torch.promote_types(value.dtype, torch.float32), 1 if key_padding_mask is None else batch
+    if queries <= FEW:
+        v = value.to(wide) if key_padding_mask is None else blocked.grouped(value, key_padding_mask)
+        rest = slice(0, queries), causal, query_offset, key_padding_mask, documents
+        o, peak, mass = blocked.attend(v, bias, *rest)
+        return o.to(value.dtype), peak, mass
     out = value.new_zeros(batch, heads, queries, features)
     peak, mass = (value.new_zeros(groups, heads, queries, dtype=wide) for _ in range(2))
     for head in _heads(value, bias, key_padding_mask, documents, causal, queries, query_offset):
@@ -146,7 +153,7 @@ def backward(value, bias, key_padding_mask, documents, peak, mass, grad_out, cau
         sure, inverse = head.sure(peak[place], mass[place])[..., None], _inverse(mass[place])  # [G, m, 1]
         scaled = torch.where(sure, g * inverse, 0)
         if need[0]:
-            sums = head.matrix.transposed().times(_flat(scaled), head.v.shape[1], -query_offset)
+            sums = head.matrix.transposed(head.v.shape[1]).times(_flat(scaled), head.v.shape[1], -query_offset)
             dv = sums.view(-1, batch, features)  # [n, B, D]
         if need[1]:
             dbias[head.index] += head.bias_gradient(scaled, inverse, query_offset, bias.shape[1])
@@ -178,7 +185,7 @@ def _heads(value, bias, mask, documents, causal, queries, offset) -> Iterator[_H
         scores = bias[index, distance.clamp(-reach, reach) + reach].to(v.dtype)
         peak = scores.amax() if len(scores) else v.new_zeros(())
         peak = torch.where(peak == -math.inf, 0, peak)
-        matrix = _Toeplitz((scores - peak).exp(), lowest)
+        matrix = _Toeplitz((scores - peak).exp(), lowest, queries if whole else longest)
         for keys in documents:
             seen = None if mask is None else mask[:, keys]
             yield _Head(index, slice(0, queries) if whole else keys, keys, matrix, peak, v[:, keys], seen)
