@@ -91,16 +91,14 @@ class _SelfAttention(DisentangledSelfAttention):
             say(reason, "transformers' disentangled attention")
             arguments = hidden_states, attention_mask, output_attentions, query_states, relative_pos, rel_embeddings
             return super().forward(*arguments)
-        query = self.query_proj(hidden_states if query_states is None else query_states)
+        inputs = hidden_states if query_states is None else query_states, hidden_states, hidden_states
+        projections = zip((self.query_proj, self.key_proj, self.value_proj), inputs, strict=True)
+        terms = 1 + sum(term in self.pos_att_type for term in ("c2p", "p2c"))
         out = relative_attention(
-            *(
-                split_heads(t, self.num_attention_heads)
-                for t in (query, self.key_proj(hidden_states), self.value_proj(hidden_states))
-            ),
+            *(split_heads(project(x), self.num_attention_heads) for project, x in projections),
             **self.tables(hidden_states.shape[1], rel_embeddings),
             key_padding_mask=attention_mask[:, 0, 0].bool(),
-            scale=(self.attention_head_size * (1 + ("c2p" in self.pos_att_type) + ("p2c" in self.pos_att_type)))
-            ** -0.5,
+            scale=(terms * self.attention_head_size) ** -0.5,
         )
         return merge_heads(out), None
 
@@ -120,9 +118,7 @@ class _SelfAttention(DisentangledSelfAttention):
             "key_table": ("p2c", self.query_proj if shared else getattr(self, "pos_query_proj", None)),
         }
         return {
-            name: F.embedding(rows, projection(embeddings))
-            .unflatten(-1, (self.num_attention_heads, -1))
-            .transpose(0, 1)
+            name: split_heads(F.embedding(rows, projection(embeddings))[None], self.num_attention_heads)[0]
             for name, (term, projection) in project.items()
             if term in self.pos_att_type
         }
