@@ -19,6 +19,35 @@ KL_INLINE void store(E* to, vec<E> value) {
   *reinterpret_cast<vec<E>*>(to) = value;
 }
 
+// a[0] b[0] a[1] b[1] ... of the lower (kHalf 0) or the upper half of the lanes.
+template <int kHalf, typename V>
+KL_INLINE V interleave(V a, V b) {
+  constexpr int kLanes = sizeof(V) / sizeof(a[0]);
+  using Lane = std::conditional_t<sizeof(a[0]) == 2, int16_t, std::conditional_t<sizeof(a[0]) == 4, int32_t, int64_t>>;
+  vec<Lane> index;
+#pragma GCC unroll 32
+  for (int j = 0; j < kLanes; ++j) index[j] = kHalf * kLanes / 2 + j / 2 + j % 2 * kLanes;
+  return __builtin_shuffle(a, b, index);
+}
+
+// Rows become columns: each time a row of the first half is interleaved with one of the second, an index's lowest bit
+// of the row changes places with its highest of the column.
+template <typename E>
+KL_INLINE void transpose(vec<E>* rows) {
+  constexpr int kLanes = KL_VECTOR_BYTES / sizeof(E);
+#pragma GCC unroll 4
+  for (int width = kLanes; width > 1; width /= 2) {
+    vec<E> mixed[kLanes];
+#pragma GCC unroll 8
+    for (int i = 0; i < kLanes / 2; ++i) {
+      mixed[2 * i] = interleave<0>(rows[i], rows[i + kLanes / 2]);
+      mixed[2 * i + 1] = interleave<1>(rows[i], rows[i + kLanes / 2]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) rows[i] = mixed[i];
+  }
+}
+
 // A "unit" holds the consecutive factors of one multiply-add: one number, or two bfloat16 for the instruction that
 // multiplies pairs.
 template <typename Number>

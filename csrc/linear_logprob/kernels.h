@@ -1,72 +1,17 @@
 // Included once for every instruction set, in its namespace and under its target pragma; KL_VECTOR_BYTES is its
 // register.
 //
-// Both products are C[i, j] += sum_p A[i, p] B[p, j]: B's rows are read as vectors, A's units are broadcast.
-//
 // Logits stand transposed, [classes, rows]: A is the weight as it lies in memory, only `hidden` is packed, and the sums
 // over classes run along the vectors' lanes, a row each.
 
+// clang-format off: the first is what the others need
 #include "core/vector.h"
-
-// exp of what is not positive, 0 below the range; its error is about that of one rounding.
-template <typename E>
-KL_INLINE vec<E> exponential(vec<E> x) {
-  using Bits = std::conditional_t<sizeof(E) == 4, uint32_t, uint64_t>;
-  constexpr bool kFloat = sizeof(E) == 4;
-  constexpr E kLowest = kFloat ? -86 : -708, kLog2E = 1.4426950408889634;
-  constexpr E kLn2High = kFloat ? 0.693145751953125 : 0.6931471803691238, kLn2Low = 0.6931471805599453094 - kLn2High;
-  constexpr E kRound = kFloat ? 12582912.0 : 6755399441055744.0;  // adding it leaves the integer in the lowest bits
-  constexpr int kTerms = kFloat ? 7 : 13, kMantissa = kFloat ? 23 : 52;
-  const vec<E> lowest = vec<E>{} + kLowest, clamped = x < lowest ? lowest : x;
-  const vec<E> shifted = clamped * kLog2E + kRound, n = shifted - kRound;
-  const vec<E> r = clamped - n * kLn2High - n * kLn2Low;
-  E factorial = 1;
-  for (int k = 2; k <= kTerms; ++k) factorial *= k;
-  vec<E> sum = vec<E>{} + 1 / factorial;
-#pragma GCC unroll 16
-  for (int k = kTerms; k > 0; --k) {
-    factorial /= k;
-    sum = sum * r + 1 / factorial;
-  }
-  const vec<E> scaled = (vec<E>)((vec<Bits>)sum + ((vec<Bits>)shifted << kMantissa));
-  return x < lowest ? vec<E>{} : scaled;
-}
-
-// C [kHeight, kVectors kLanes] += A B, or = where kFresh; B lies as [depth, kVectors kLanes]. Unit (i, p) of A stands
-// at i * a_step + p, or at i + p * a_step where its rows are adjacent; a_step is in bytes.
-template <typename M, int kHeight, int kVectors, bool kFresh, bool kAdjacent>
-KL_INLINE void tile(typename M::Sum* c, int64_t c_stride, const char* a, int64_t a_step, const typename M::Unit* b,
-                    int64_t depth) {
-  using Unit = typename M::Unit;
-  constexpr int kLanes = KL_VECTOR_BYTES / sizeof(typename M::Sum);
-  constexpr int64_t kUnit = sizeof(Unit);
-  vec<typename M::Sum> sum[kHeight][kVectors] = {};
-  for (int64_t p = 0; p < depth; ++p) {
-    vec<Unit> row[kVectors];
-#pragma GCC unroll 4
-    for (int w = 0; w < kVectors; ++w) row[w] = load(b + (p * kVectors + w) * kLanes);
-    const char* column = a + p * (kAdjacent ? a_step : kUnit);
-#pragma GCC unroll 16
-    for (int i = 0; i < kHeight; ++i) {
-      Unit unit;
-      std::memcpy(&unit, column + i * (kAdjacent ? kUnit : a_step), sizeof(Unit));
-#pragma GCC unroll 4
-      for (int w = 0; w < kVectors; ++w) sum[i][w] = M::multiply_add(sum[i][w], unit, row[w]);
-    }
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < kHeight; ++i)
-#pragma GCC unroll 4
-    for (int w = 0; w < kVectors; ++w) {
-      auto* to = c + i * c_stride + w * kLanes;
-      store(to, kFresh ? sum[i][w] : load(to) + sum[i][w]);
-    }
-}
+#include "core/exponential.h"
+#include "core/gemm.h"
+// clang-format on
 
 constexpr int64_t kClasses = 128;  // of a tile
 constexpr int64_t kInner = 128;    // units of a row of the weight in work at once
-
-constexpr int64_t round_up(int64_t size, int64_t to) { return (size + to - 1) / to * to; }
 
 // Logits of a block of rows and a tile of classes, in memory of this part's own.
 template <typename T, typename M>
@@ -171,9 +116,11 @@ struct Logits {
     for (int64_t i = 0; i < height; i += kHeight) {
       if (first_strip) prefetch(a + (i + kHeight) * a_step, a_step, depth * sizeof(Unit));
       if (fresh)
-        tile<M, kHeight, kVectors, true, false>(c + i * c_stride, c_stride, a + i * a_step, a_step, b, depth);
+        tile<M, kHeight, kVectors, true, false>(c + i * c_stride, c_stride, a + i * a_step, a_step, b,
+                                                kVectors * kLanes, depth);
       else
-        tile<M, kHeight, kVectors, false, false>(c + i * c_stride, c_stride, a + i * a_step, a_step, b, depth);
+        tile<M, kHeight, kVectors, false, false>(c + i * c_stride, c_stride, a + i * a_step, a_step, b,
+                                                 kVectors * kLanes, depth);
     }
   }
 
@@ -319,7 +266,7 @@ struct Forward : Logits<T, M> {
 
   KL_INLINE void add_product(Sum* sums, const Unit* terms, int64_t depth) {
     tile<M, kHeight, 3, false, true>(sums, features, reinterpret_cast<const char*>(terms), g.block * sizeof(Unit),
-                                     strip, depth);
+                                     strip, kStrip, depth);
   }
 
   void pack_strip(int64_t first_class, int64_t classes, int64_t first) {

@@ -9,6 +9,7 @@
 
 #include "core/half.h"
 #include "core/instruction_set.h"
+#include "core/integer.h"
 #include "linear_logprob/head.h"
 
 // Vectors as template arguments lose attributes that do not matter there, and are passed only inside inlined functions.

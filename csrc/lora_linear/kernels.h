@@ -6,16 +6,6 @@
 
 #include "core/vector.h"
 
-// a[0] b[0] a[1] b[1] ... of the lower (kHalf 0) or the upper half of the lanes.
-template <int kHalf, typename V>
-KL_INLINE V interleave(V a, V b) {
-  constexpr int kLanes = sizeof(V) / sizeof(a[0]);
-  V index;
-#pragma GCC unroll 32
-  for (int j = 0; j < kLanes; ++j) index[j] = kHalf * kLanes / 2 + j / 2 + j % 2 * kLanes;
-  return __builtin_shuffle(a, b, index);
-}
-
 constexpr int kRows = 32;              // of x and dy in work at once; a multiple of kPad
 constexpr int kPanelBytes = 512;       // of a row of x and dy in work at once
 constexpr int kRankStride = 256 + 16;  // the largest rank, and no power of two: rows would share cache sets
