@@ -5,6 +5,7 @@
 
 #include "linear_logprob/linear_logprob.h"
 #include "lora_linear/lora_linear.h"
+#include "relative_attention/relative_attention.h"
 #include "window_mean/window_sum.h"
 
 namespace {
@@ -32,11 +33,13 @@ void define(pybind11::module_& module, const char* name, void (*function)(Args..
 
 }  // namespace
 
-#define KL_DEFINE(dtype)                                                                 \
-  define(module, "linear_logprob_forward_" #dtype, kl_linear_logprob_forward_##dtype);   \
-  define(module, "linear_logprob_gradient_" #dtype, kl_linear_logprob_gradient_##dtype); \
-  define(module, "lora_forward_" #dtype, kl_lora_forward_##dtype);                       \
-  define(module, "lora_backward_" #dtype, kl_lora_backward_##dtype);                     \
+#define KL_DEFINE(dtype)                                                                         \
+  define(module, "linear_logprob_forward_" #dtype, kl_linear_logprob_forward_##dtype);           \
+  define(module, "linear_logprob_gradient_" #dtype, kl_linear_logprob_gradient_##dtype);         \
+  define(module, "lora_forward_" #dtype, kl_lora_forward_##dtype);                               \
+  define(module, "lora_backward_" #dtype, kl_lora_backward_##dtype);                             \
+  define(module, "relative_attention_forward_" #dtype, kl_relative_attention_forward_##dtype);   \
+  define(module, "relative_attention_backward_" #dtype, kl_relative_attention_backward_##dtype); \
   define(module, "window_sum_" #dtype, kl_window_sum_##dtype);
 
 PYBIND11_MODULE(_C_cpu, module) {

@@ -19,6 +19,8 @@ GUARDS = {  # signalling NaNs: arithmetic makes other bits of them, so that addi
     torch.float64: (torch.int64, 0x7FF4000000000001),
     torch.int32: (torch.int32, -1),
     torch.int64: (torch.int64, -1),
+    torch.int32: (torch.int32, -1),
+    torch.bool: (torch.uint8, 0xFF),
 }
 
 

@@ -54,7 +54,7 @@ _backward = define.define(
 
 registry.register(WHERE, "reference", module=f"{__name__}.reference", priority=0, devices=(), supports=lambda *_: None)
 registry.register(
-    WHERE, "cpu", module=f"{__name__}.cpu_blocked", priority=10, devices=("cpu",), supports=registry.cpu_support
+    WHERE, "cpu", module=f"{__name__}.cpu_kernels", priority=10, devices=("cpu",), supports=registry.cpu_support
 )
 
 
