@@ -53,7 +53,12 @@ struct Backward : Scores<T> {
       const int64_t chunk = task / call.key_heads, first_head = task % call.key_heads * group;
       std::fill_n(self.sums_of(chunk, first_head), group * self.size.numbers, Sum{0});
       for (int64_t b = call.batch * chunk / call.chunks; b < call.batch * (chunk + 1) / call.chunks; ++b) {
-        for (int64_t h = first_head; h < first_head + group; ++h) self.add_head(chunk, b, h);
+        for (int64_t h = first_head; h < first_head + group; ++h) {
+          const bool last = h == first_head + group - 1;
+          self.next_batch = last ? b + 1 : b;
+          self.next_head = last ? first_head : h + 1;
+          self.add_head(chunk, b, h);
+        }
         self.write_keys(self.dkeys, self.size.features, to_scale(call), call.dkey, call.features);
         self.write_keys(self.dvalues, self.size.value_features, Sum{1}, call.dvalue, call.value_features);
       }
@@ -129,7 +134,12 @@ struct Backward : Scores<T> {
                              size.value_features, values_t + key + first, size.keys, std::min(kPad, rows - i),
                              this->end[of] - first, g.value_features);
       }
-    for (int64_t i = 0; i < rows; ++i) differentiate(i, key, count);
+    for (int64_t i = 0; i < rows; ++i) {
+      this->prefetch(i);
+      if (g.queries <= kRows && this->next_batch < g.batch)
+        Base::prefetch(this->at(to.grad_out, this->next_batch, this->next_head, i), g.value_features);
+      differentiate(i, key, count);
+    }
     for (int64_t j = 0; j < count; j += kPad) {
       const int64_t height = std::min(kPad, count - j);
       int64_t from = 0, end = rows;

@@ -27,6 +27,8 @@ struct Forward : Scores<T> {
         self.pack(call.key, call.features, self.q, 0, self.keys_t);
         self.pack(call.value, call.value_features, self.values, self.size.value_features, nullptr);
       });
+      self.next_batch = (head + 1) / call.query_heads;
+      self.next_head = (head + 1) % call.query_heads;
       self.block(task % blocks * kRows);
     }
   }

@@ -26,6 +26,7 @@ struct Scores {
   Sum* profile;            // scale q.query_table + bias [kRows, size.distances]
   Sum* strip;              // [kPad, kStripStride]
   int64_t batch = -1, key_head = -1, head = -1;
+  int64_t next_batch, next_head;
   int64_t row, rows, position;        // of the block of queries; the position of its first
   int64_t first_key, last_key;        // what the block sees
   int64_t low, band;                  // the first row of the tables that occurs to it, and their number
@@ -98,15 +99,14 @@ struct Scores {
     }
   }
 
-  // Row `row` of the next head's arrays: while short sequences are computed, the next ones come from memory.
+  // Row `row` of the arrays of the next head: while one of few queries is computed, the next comes from memory.
   void prefetch(int64_t row) const {
-    const int64_t next = batch * g.query_heads + head + 1, to_batch = next / g.query_heads;
-    if (g.queries > kRows || to_batch == g.batch) return;
-    const int64_t to_head = next % g.query_heads, to_key_head = to_head / (g.query_heads / g.key_heads);
-    if (row < g.queries) prefetch(at(g.query, to_batch, to_head, row), g.features);
-    if (row >= g.keys || (to_key_head == key_head && to_batch == batch)) return;
-    prefetch(at(g.key, to_batch, to_key_head, row), g.features);
-    prefetch(at(g.value, to_batch, to_key_head, row), g.value_features);
+    if (g.queries > kRows || next_batch == g.batch) return;
+    if (row < g.queries) prefetch(at(g.query, next_batch, next_head, row), g.features);
+    const int64_t next_key_head = next_head / (g.query_heads / g.key_heads);
+    if (row >= g.keys || (next_key_head == key_head && next_batch == batch)) return;
+    prefetch(at(g.key, next_batch, next_key_head, row), g.features);
+    prefetch(at(g.value, next_batch, next_key_head, row), g.value_features);
   }
   static KL_INLINE void prefetch(const T* from, int64_t count) {
     for (int64_t f = 0; f < count; f += 64 / sizeof(T)) __builtin_prefetch(from + f);
