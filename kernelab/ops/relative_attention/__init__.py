@@ -56,6 +56,14 @@ registry.register(WHERE, "reference", module=f"{__name__}.reference", priority=0
 registry.register(
     WHERE, "cpu", module=f"{__name__}.cpu_kernels", priority=10, devices=("cpu",), supports=registry.cpu_support
 )
+registry.register(
+    WHERE,
+    "triton",
+    module=f"{__name__}.triton_launch",
+    priority=20,
+    devices=("cuda",),
+    supports=lambda device, dtype: "no float64" if dtype == torch.float64 else registry.triton_support(device),
+)
 
 
 class _RelativeAttention(torch.autograd.Function):
