@@ -1,6 +1,6 @@
 // Included once for every instruction set, after core/vector.h.
 
-// exp of what is not positive, 0 below the range; its error is about that of one rounding.
+// exp of what is not positive, 0 below the range, NaN of NaN; its error is about that of one rounding.
 template <typename E>
 KL_INLINE vec<E> exponential(vec<E> x) {
   using Bits = std::conditional_t<sizeof(E) == 4, uint32_t, uint64_t>;
@@ -21,5 +21,6 @@ KL_INLINE vec<E> exponential(vec<E> x) {
     sum = sum * r + 1 / factorial;
   }
   const vec<E> scaled = (vec<E>)((vec<Bits>)sum + ((vec<Bits>)shifted << kMantissa));
-  return x < lowest ? vec<E>{} : scaled;
+  const vec<E> of_number = x == x ? scaled : x;  // the bits of a NaN would have been added to
+  return x < lowest ? vec<E>{} : of_number;
 }

@@ -35,7 +35,7 @@ struct Forward : Scores<T> {
 
   void block(int64_t to_row) {
     this->set_rows(to_row);
-    std::fill_n(peak, rows, std::numeric_limits<Sum>::lowest() / 2);  // of which a score can still be subtracted
+    std::fill_n(peak, rows, std::numeric_limits<Sum>::lowest());  // not -infinity, which less itself is NaN
     std::fill_n(mass, rows, Sum{0});
     std::fill_n(sums, rows * size.value_features, Sum{0});
     const bool has_keys = this->first_key < this->last_key, of_table = has_keys && g.value_table.heads > 0;

@@ -132,6 +132,28 @@ def test_single_columns_of_any_stride():
     torch.testing.assert_close(out, value)
 
 
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("causal", [False, True])
+def test_keys_that_all_have_the_lowest_number_share_the_weight(way, causal):
+    query, key, value = torch.randn(3, 1, 2, 300, 8).unbind()
+    bias = torch.full((2, 599), torch.finfo(torch.float32).min)
+    bias[1, :250] = 0  # of some queries alone
+    arguments = {"query": query, "key": key, "value": value, "bias": bias, "causal": causal}
+    with WAYS[way]():
+        out = relative_attention(**arguments, backend="cpu")
+    torch.testing.assert_close(out, relative_attention(**arguments, backend="reference"))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FC000FF, -1])
+def test_any_nan_makes_the_row_nan_and_no_other(way, bits):
+    query, key, value = torch.randn(3, 1, 2, 20, 8).unbind()
+    query.view(torch.int32)[0, 1, 7, 3] = bits
+    with WAYS[way]():
+        out = relative_attention(query, key, value, backend="cpu")
+    assert out[0, 1, 7].isnan().all() and out.isnan().sum() == 8
+
+
 @needs_extension
 @pytest.mark.parametrize("name", ["cut", "long-documents", "parts-of-a-batch"])
 def test_threads_change_no_bit(name, monkeypatch):
