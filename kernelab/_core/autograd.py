@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _hooks = torch._C._autograd
 
@@ -21,6 +22,15 @@ def stored_signature(function: Callable) -> Callable:
     call, which costs tens of microseconds unless it is stored."""
     function.__signature__ = inspect.signature(function)
     return function
+
+
+def recorded(*tensors: Tensor | None) -> bool:
+    """Whether an op on these is to go through its Function: a raw op would silently end what autograd follows.
+
+    Forward-mode differentiation too, which a Function refuses by name.
+    """
+    needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return needed or forward_ad._current_level >= 0
 
 
 class _FastWithReferenceDerivative(torch.autograd.Function):

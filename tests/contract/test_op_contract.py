@@ -129,6 +129,23 @@ def test_gradcheck(spec, backend, device, case):
         assert torch.autograd.gradgradcheck(function, tuple(leaves.values()), fast_mode=True)
 
 
+@every_op
+def test_forward_mode_is_refused_not_ignored(spec):
+    case = next(case for case in spec.cases if "smallest" in case.tags)
+    arguments = args.build(case, "cpu", torch.float32)
+    leaves = args.trainable(arguments)
+    constants = args.copy(arguments)
+    for _, tensor in args.tensors(constants):
+        tensor.requires_grad_(False)
+
+    def function(*values):
+        return spec.function(**args.replaced(constants, dict(zip(leaves, values, strict=True))), backend="reference")
+
+    values = tuple(leaf.detach() for leaf in leaves.values())
+    with pytest.raises(NotImplementedError, match="forward mode"):
+        torch.func.jvp(function, values, values)
+
+
 class RawCalls(TorchDispatchMode):
     """Records the raw kernelab ops that run inside."""
 

@@ -298,6 +298,19 @@ def test_autocast_computes_in_its_dtype_and_leaves_the_bias_alone():
     assert torch.equal(out, relative_attention(**narrow, causal=True))
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_one_tensor_in_every_place_compiles(backend):
+    x, table = torch.randn(1, 2, 9, 8, requires_grad=True), torch.randn(2, 7, 8, requires_grad=True)
+
+    def function(x, table):
+        tables = {"query_table": table, "key_table": table, "value_table": table}
+        return relative_attention(x, x, x, **tables, causal=True, backend=backend).square().sum()
+
+    expected = torch.autograd.grad(function(x, table), (x, table))
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(torch.autograd.grad(compiled(x, table), (x, table)), expected)
+
+
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_memory_grows_with_the_sequence_not_with_its_square(direction):
     """On the default backend of a CPU: at four times the tokens at most some four times the memory."""

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kernelab._core import define, registry
 from kernelab._core.arguments import autocast, check_dtype
-from kernelab._core.autograd import differentiable, stored_signature
+from kernelab._core.autograd import differentiable, recorded, stored_signature
 
 from . import reference
 from .arguments import WHERE, check
@@ -155,7 +155,7 @@ def linear_logprob(
     rows = hidden.flatten(0, -2) if hidden.dim() > 1 else hidden[None]
     arguments = rows, weight, bias, target.reshape(rows.shape[0]).long(), float(temperature), entropy
     train_head = weight.requires_grad or (bias is not None and bias.requires_grad)
-    if torch.is_grad_enabled() and (rows.requires_grad or train_head):
+    if recorded(rows, weight, bias):
         # float16 has no room for the derivatives of likely targets before a loss scale lifts them.
         keep = not train_head and rows.dtype != torch.float16
         logprob, h, *_ = _LinearLogprob.apply(*arguments, keep, backend or "")

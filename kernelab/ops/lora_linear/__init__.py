@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kernelab._core import define, registry
 from kernelab._core.arguments import autocast, check_dtype, check_input, check_matrix
-from kernelab._core.autograd import differentiable, stored_signature
+from kernelab._core.autograd import differentiable, recorded, stored_signature
 from kernelab._core.errors import bad_value
 
 from . import reference
@@ -123,7 +123,7 @@ def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:
 
 def _call(x, weight, bias, base, routing: Routing, adapters: list[Tensor], backend: str) -> Tensor:
     inputs = (x, weight, bias, base, *adapters)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+    if recorded(*inputs):
         train_weight = weight is not None and weight.requires_grad
         train_a = any(a.requires_grad for a in adapters[: len(adapters) // 2])
         pack_x = train_a and routing.keeps_some_rows() and not train_weight

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from kernelab._core import define, registry
 from kernelab._core.arguments import autocast, check_dtype
-from kernelab._core.autograd import differentiable, stored_signature
+from kernelab._core.autograd import differentiable, recorded, stored_signature
 
 from . import reference
 from .arguments import (
@@ -112,6 +114,14 @@ class _RelativeAttention(torch.autograd.Function):
         return *(grad if needed else None for grad, needed in zip(grads, need, strict=True)), *[None] * 7
 
 
+def _apart(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Views of those that came before: torch.compile refuses one tensor in two places of a Function."""
+    return [
+        t.view_as(t) if t is not None and any(t is other for other in tensors[:index]) else t
+        for index, t in enumerate(tensors)
+    ]
+
+
 def relative_attention(
     query: Tensor,
     key: Tensor,
@@ -187,14 +197,11 @@ def relative_attention(
         query_offset = key.shape[2] - query.shape[2]
     warn_of_queries_without_keys(causal, query_offset)
     heads = autocast(query, key, value, query_table, key_table, value_table)
-    query, key, value, query_table, key_table, value_table = heads
-    if key_table is query_table and key_table is not None:
-        key_table = key_table.view_as(key_table)  # torch.compile refuses one tensor in two places of a Function
+    query, key, value, query_table, key_table, value_table = _apart(heads)
     tables = {"query_table": query_table, "key_table": key_table, "value_table": value_table}
     check_dtype(WHERE, "query", query, key=key, value=value, **tables)
     if bias is not None and bias.dtype != torch.float32:
         check_dtype(WHERE, "query", query, bias=bias)
     tensors = query, key, value, *same_reach(query_table, key_table, value_table, bias), key_padding_mask, documents
     rest = causal, content, query_offset, query.shape[3] ** -0.5 if scale is None else float(scale), backend or ""
-    train = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    return (_RelativeAttention.apply if train else _forward)(*tensors, *rest)[0]
+    return (_RelativeAttention.apply if recorded(*tensors) else _forward)(*tensors, *rest)[0]
