@@ -371,7 +371,10 @@ def test_an_old_checkpoint_loads_by_its_names_and_gives_its_logits(kind, monkeyp
     model = relative_bert(BertForMaskedLM)(config).eval()
     model.load_state_dict(old)
     ids, mask = tokens()
-    compute = lambda: model(ids, attention_mask=mask).logits[mask.bool()]  # noqa: E731
+
+    def compute():
+        return model(ids, attention_mask=mask).logits[mask.bool()]
+
     ours = compute()
     assert (ours - by_einsum(monkeypatch, kind, compute)).abs().max() < 1e-5
     model.save_pretrained(tmp_path)
