@@ -47,6 +47,16 @@ class Misuse:
     words: str
 
 
+def replacing(**values: object) -> Callable[[dict], dict]:
+    """A change of arguments: these have other values."""
+    return lambda arguments: {**arguments, **values}
+
+
+def changing(name: str, change: Callable[[torch.Tensor], object]) -> Callable[[dict], dict]:
+    """A change of arguments: one is made from what it was."""
+    return lambda arguments: {**arguments, name: change(arguments[name])}
+
+
 @dataclass(frozen=True)
 class OpSpec:
     """Everything the contract suite, the AOT checks and the benchmarks need to know of an op.

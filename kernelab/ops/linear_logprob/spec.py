@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kernelab._core.spec import Case, Misuse, OpSpec
+from kernelab._core.spec import Case, Misuse, OpSpec, replacing
 
 from . import linear_logprob, triton_spec
 from . import reference as definition
@@ -133,14 +133,10 @@ def _bytes_moved(entropy: bool) -> Callable[[dict], tuple[int, int]]:
     return bytes_moved
 
 
-def _with(**changes) -> Callable[[dict], dict]:
-    return lambda arguments: {**arguments, **changes}
-
-
 _MISUSES = (
-    Misuse(_with(hidden=[1.0]), TypeError, "'hidden'"),
-    Misuse(_with(hidden=torch.ones(6, 5, dtype=torch.int64)), TypeError, "'hidden'"),
-    Misuse(_with(hidden=torch.tensor(1.0)), ValueError, "'hidden'.*one dimension"),
+    Misuse(replacing(hidden=[1.0]), TypeError, "'hidden'"),
+    Misuse(replacing(hidden=torch.ones(6, 5, dtype=torch.int64)), TypeError, "'hidden'"),
+    Misuse(replacing(hidden=torch.tensor(1.0)), ValueError, "'hidden'.*one dimension"),
     Misuse(lambda a: {**a, "hidden": a["hidden"][:, :0]}, ValueError, "'hidden'.*one feature"),
     Misuse(lambda a: {**a, "weight": a["weight"][:, :3]}, ValueError, r"'weight'.*\[\*, 5\]"),
     Misuse(lambda a: {**a, "weight": a["weight"][:0]}, ValueError, "'weight'.*one row"),
@@ -148,17 +144,17 @@ _MISUSES = (
     Misuse(lambda a: {**a, "weight": a["weight"].to("meta")}, ValueError, "'weight'.*tensor on cpu"),
     Misuse(lambda a: {**a, "bias": a["bias"][:3]}, ValueError, r"'bias'.*\[11\]"),
     Misuse(lambda a: {**a, "bias": a["bias"].double()}, ValueError, "'bias'.*dtype"),
-    Misuse(_with(target=[1] * 6), TypeError, "'target'"),
+    Misuse(replacing(target=[1] * 6), TypeError, "'target'"),
     Misuse(lambda a: {**a, "target": a["target"].float()}, TypeError, "'target'.*integer"),
     Misuse(lambda a: {**a, "target": a["target"] > 0}, TypeError, "'target'.*integer"),
     Misuse(lambda a: {**a, "target": a["target"][:5]}, ValueError, r"'target'.*\[6\]"),
     Misuse(lambda a: {**a, "target": a["target"].to("meta")}, ValueError, "'target'.*cpu"),
     Misuse(lambda a: {**a, "target": a["target"] * 0 + 11}, ValueError, r"'target'.*0\.\.10, got 11\."),
     Misuse(lambda a: {**a, "target": a["target"] * 0 - 100}, ValueError, r"'target'.*0\.\.10, got -100\..*padding"),
-    Misuse(_with(temperature=0.0), ValueError, "'temperature'"),
-    Misuse(_with(temperature=float("nan")), ValueError, "'temperature'"),
-    Misuse(_with(temperature=float("inf")), ValueError, "'temperature'"),
-    Misuse(_with(temperature="1"), TypeError, "'temperature'"),
+    Misuse(replacing(temperature=0.0), ValueError, "'temperature'"),
+    Misuse(replacing(temperature=float("nan")), ValueError, "'temperature'"),
+    Misuse(replacing(temperature=float("inf")), ValueError, "'temperature'"),
+    Misuse(replacing(temperature="1"), TypeError, "'temperature'"),
 )
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from kernelab._core.spec import Case, Misuse, OpSpec
+from kernelab._core.spec import Case, Misuse, OpSpec, replacing
 
 from . import lora_add, lora_linear, triton_spec
 from . import reference as definition
@@ -124,24 +124,20 @@ def bytes_moved(arguments: dict) -> tuple[int, int]:
     return size * (m * k + weight + adapters + m * n), size * (m * n + weight + 2 * adapters + kept + m * k)
 
 
-def _with(**changes) -> Callable[[dict], dict]:
-    return lambda arguments: {**arguments, **changes}
-
-
 _MISUSES = (
-    Misuse(_with(x=torch.ones(6, 5, dtype=torch.int64)), TypeError, "'x'"),
-    Misuse(_with(x=[1.0]), TypeError, "'x'"),
-    Misuse(_with(segments=[(2, 0), (3, 1)]), ValueError, "'segments'.*6 rows.*sum of 5"),
-    Misuse(_with(segments=[(6, 2)]), ValueError, r"segments\[0\].*0\.\.1"),
-    Misuse(_with(segments=[(7, 0), (-1, 1)]), ValueError, r"segments\[1\]"),
-    Misuse(_with(segments=[(6.0, 0)]), TypeError, r"segments\[0\]"),
-    Misuse(_with(segments=6), TypeError, "segments"),
-    Misuse(_with(scaling=[1.0, float("nan")]), ValueError, "scaling.*finite"),
-    Misuse(_with(scaling=[1.0]), ValueError, "scaling.*2 numbers"),
-    Misuse(_with(scaling="1"), TypeError, "scaling"),
-    Misuse(_with(dropout_p=1.0), ValueError, "dropout_p"),
-    Misuse(_with(seed=0.5), TypeError, "seed"),
-    Misuse(_with(seed=2**63), ValueError, "seed"),
+    Misuse(replacing(x=torch.ones(6, 5, dtype=torch.int64)), TypeError, "'x'"),
+    Misuse(replacing(x=[1.0]), TypeError, "'x'"),
+    Misuse(replacing(segments=[(2, 0), (3, 1)]), ValueError, "'segments'.*6 rows.*sum of 5"),
+    Misuse(replacing(segments=[(6, 2)]), ValueError, r"segments\[0\].*0\.\.1"),
+    Misuse(replacing(segments=[(7, 0), (-1, 1)]), ValueError, r"segments\[1\]"),
+    Misuse(replacing(segments=[(6.0, 0)]), TypeError, r"segments\[0\]"),
+    Misuse(replacing(segments=6), TypeError, "segments"),
+    Misuse(replacing(scaling=[1.0, float("nan")]), ValueError, "scaling.*finite"),
+    Misuse(replacing(scaling=[1.0]), ValueError, "scaling.*2 numbers"),
+    Misuse(replacing(scaling="1"), TypeError, "scaling"),
+    Misuse(replacing(dropout_p=1.0), ValueError, "dropout_p"),
+    Misuse(replacing(seed=0.5), TypeError, "seed"),
+    Misuse(replacing(seed=2**63), ValueError, "seed"),
     Misuse(lambda a: {**a, "lora_a": a["lora_a"][:1]}, ValueError, "lora_b"),
     Misuse(lambda a: {**a, "lora_a": [t[:0] for t in a["lora_a"]]}, ValueError, "rank of at least 1"),
     Misuse(lambda a: {**a, "lora_b": [t[:, :1] for t in a["lora_b"]]}, ValueError, r"lora_b\[0\].*\[4, 2\]"),

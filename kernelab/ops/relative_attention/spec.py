@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kernelab._core.spec import Case, Misuse, OpSpec
+from kernelab._core.spec import Case, Misuse, OpSpec, changing, replacing
 
 from . import reference as definition
 from . import relative_attention
@@ -222,46 +222,38 @@ def _bytes_moved(arguments: dict) -> tuple[int, int]:
     return read + out + lse, read + 2 * out + lse + sum(t.nbytes for t in inputs if t.requires_grad)
 
 
-def _with(**changes) -> Callable[[dict], dict]:
-    return lambda arguments: {**arguments, **changes}
-
-
-def _change(name: str, change: Callable[[Tensor], object]) -> Callable[[dict], dict]:
-    return lambda arguments: {**arguments, name: change(arguments[name])}
-
-
 # The smallest case: batch 2, heads 2 and 1, 4 queries, 5 keys, 4 and 3 features, tables of 2 heads and 5 rows.
 _MISUSES = (
-    Misuse(_with(query=[1.0]), TypeError, "'query'"),
-    Misuse(_change("query", lambda t: t.long()), TypeError, "'query'"),
-    Misuse(_change("query", lambda t: t[0]), ValueError, r"'query'.*\[batch, heads, queries, features\]"),
-    Misuse(_change("query", lambda t: t[..., :0]), ValueError, "'query'.*one feature"),
-    Misuse(_change("key", lambda t: t[:1]), ValueError, r"'key'.*\[2, heads, keys, features\]"),
-    Misuse(_change("key", lambda t: t[..., :3]), ValueError, "'key'.*4 features, as query"),
-    Misuse(_change("key", lambda t: t.repeat(1, 3, 1, 1)), ValueError, "'key'.*divides query's 2"),
-    Misuse(_change("key", lambda t: t.double()), ValueError, "'key'.*dtype"),
-    Misuse(_change("key", lambda t: t.to("meta")), ValueError, "'key'.*cpu"),
-    Misuse(_change("value", lambda t: t[:, :, :4]), ValueError, r"'value'.*\[2, 1, 5, \*\]"),
-    Misuse(_change("value", lambda t: t[..., :0]), ValueError, "'value'"),
-    Misuse(_change("query_table", lambda t: t[:, :4]), ValueError, "'query_table'.*odd number of rows.*-K..K"),
-    Misuse(_change("query_table", lambda t: t[..., :3]), ValueError, r"'query_table'.*\[2 or 1, 2K\+1, 4\]"),
-    Misuse(_change("key_table", lambda t: t.repeat(2, 1, 1)), ValueError, r"'key_table'.*\[2 or 1, 2K\+1, 4\]"),
-    Misuse(_change("key_table", lambda t: t.half()), ValueError, "'key_table'.*dtype"),
-    Misuse(_change("value_table", lambda t: t[0]), ValueError, r"'value_table'.*\[2 or 1, 2K\+1, 3\]"),
-    Misuse(_with(value_table=3), TypeError, "'value_table'"),
-    Misuse(_change("bias", lambda t: t[:, :0]), ValueError, "'bias'.*odd"),
-    Misuse(_change("bias", lambda t: t[..., None]), ValueError, r"'bias'.*\[2 or 1, 2K\+1\]"),
-    Misuse(_change("bias", lambda t: t.double()), ValueError, "'bias'.*dtype"),
-    Misuse(_with(key_padding_mask=torch.ones(2, 4, dtype=torch.bool)), ValueError, r"'key_padding_mask'.*\[2, 5\]"),
-    Misuse(_with(key_padding_mask=torch.ones(2, 5)), TypeError, r"'key_padding_mask'.*\.bool\(\)"),
-    Misuse(_with(cu_seqlens=torch.tensor([0, 5])), ValueError, "'cu_seqlens'.*batch of 2"),
-    Misuse(_with(cu_seqlens=torch.tensor([0.0, 5.0])), TypeError, "'cu_seqlens'"),
-    Misuse(_with(causal=1), TypeError, "'causal'"),
-    Misuse(_with(content=None), TypeError, "'content'"),
-    Misuse(_with(query_offset=0.5), TypeError, "'query_offset'"),
-    Misuse(_with(query_offset=True), TypeError, "'query_offset'"),
-    Misuse(_with(scale="1"), TypeError, "'scale'"),
-    Misuse(_with(scale=float("inf")), ValueError, "'scale'"),
+    Misuse(replacing(query=[1.0]), TypeError, "'query'"),
+    Misuse(changing("query", lambda t: t.long()), TypeError, "'query'"),
+    Misuse(changing("query", lambda t: t[0]), ValueError, r"'query'.*\[batch, heads, queries, features\]"),
+    Misuse(changing("query", lambda t: t[..., :0]), ValueError, "'query'.*one feature"),
+    Misuse(changing("key", lambda t: t[:1]), ValueError, r"'key'.*\[2, heads, keys, features\]"),
+    Misuse(changing("key", lambda t: t[..., :3]), ValueError, "'key'.*4 features, as query"),
+    Misuse(changing("key", lambda t: t.repeat(1, 3, 1, 1)), ValueError, "'key'.*divides query's 2"),
+    Misuse(changing("key", lambda t: t.double()), ValueError, "'key'.*dtype"),
+    Misuse(changing("key", lambda t: t.to("meta")), ValueError, "'key'.*cpu"),
+    Misuse(changing("value", lambda t: t[:, :, :4]), ValueError, r"'value'.*\[2, 1, 5, \*\]"),
+    Misuse(changing("value", lambda t: t[..., :0]), ValueError, "'value'"),
+    Misuse(changing("query_table", lambda t: t[:, :4]), ValueError, "'query_table'.*odd number of rows.*-K..K"),
+    Misuse(changing("query_table", lambda t: t[..., :3]), ValueError, r"'query_table'.*\[2 or 1, 2K\+1, 4\]"),
+    Misuse(changing("key_table", lambda t: t.repeat(2, 1, 1)), ValueError, r"'key_table'.*\[2 or 1, 2K\+1, 4\]"),
+    Misuse(changing("key_table", lambda t: t.half()), ValueError, "'key_table'.*dtype"),
+    Misuse(changing("value_table", lambda t: t[0]), ValueError, r"'value_table'.*\[2 or 1, 2K\+1, 3\]"),
+    Misuse(replacing(value_table=3), TypeError, "'value_table'"),
+    Misuse(changing("bias", lambda t: t[:, :0]), ValueError, "'bias'.*odd"),
+    Misuse(changing("bias", lambda t: t[..., None]), ValueError, r"'bias'.*\[2 or 1, 2K\+1\]"),
+    Misuse(changing("bias", lambda t: t.double()), ValueError, "'bias'.*dtype"),
+    Misuse(replacing(key_padding_mask=torch.ones(2, 4, dtype=torch.bool)), ValueError, r"'key_padding_mask'.*\[2, 5\]"),
+    Misuse(replacing(key_padding_mask=torch.ones(2, 5)), TypeError, r"'key_padding_mask'.*\.bool\(\)"),
+    Misuse(replacing(cu_seqlens=torch.tensor([0, 5])), ValueError, "'cu_seqlens'.*batch of 2"),
+    Misuse(replacing(cu_seqlens=torch.tensor([0.0, 5.0])), TypeError, "'cu_seqlens'"),
+    Misuse(replacing(causal=1), TypeError, "'causal'"),
+    Misuse(replacing(content=None), TypeError, "'content'"),
+    Misuse(replacing(query_offset=0.5), TypeError, "'query_offset'"),
+    Misuse(replacing(query_offset=True), TypeError, "'query_offset'"),
+    Misuse(replacing(scale="1"), TypeError, "'scale'"),
+    Misuse(replacing(scale=float("inf")), ValueError, "'scale'"),
 )
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kernelab._core.sequences import documents_of
-from kernelab._core.spec import Case, Misuse, OpSpec
+from kernelab._core.spec import Case, Misuse, OpSpec, changing, replacing
 
 from . import reference as definition
 from . import toeplitz_attention
@@ -159,33 +159,25 @@ def _bytes_moved(arguments: dict) -> tuple[int, int]:
     return inputs + out, 2 * inputs + 2 * out
 
 
-def _with(**changes) -> Callable[[dict], dict]:
-    return lambda arguments: {**arguments, **changes}
-
-
-def _change(name: str, change: Callable[[Tensor], object]) -> Callable[[dict], dict]:
-    return lambda arguments: {**arguments, name: change(arguments[name])}
-
-
 # The smallest case: batch 2, 2 heads, 4 queries, 5 keys, 3 features, K = 2.
 _MISUSES = (
-    Misuse(_with(value=[1.0]), TypeError, "'value'"),
-    Misuse(_change("value", lambda t: t.long()), TypeError, "'value'"),
-    Misuse(_change("value", lambda t: t[0]), ValueError, r"'value'.*\[batch, heads, keys, features\]"),
-    Misuse(_change("value", lambda t: t[..., :0]), ValueError, "'value'.*not 0"),
-    Misuse(_with(bias=None), TypeError, r"'bias'.*\[2 or 1, 2K\+1\]"),
-    Misuse(_change("bias", lambda t: t[0]), ValueError, r"'bias'.*\[2 or 1, 2K\+1\]"),
-    Misuse(_change("bias", lambda t: t.repeat(2, 1)), ValueError, r"'bias'.*\[2 or 1, 2K\+1\]"),
-    Misuse(_change("bias", lambda t: t[:, :4]), ValueError, "'bias'.*odd number of columns.*-K..K"),
-    Misuse(_change("bias", lambda t: t.double()), ValueError, "'bias'.*dtype"),
-    Misuse(_change("bias", lambda t: t.to("meta")), ValueError, "'bias'.*cpu"),
-    Misuse(_with(causal=1), TypeError, "'causal'"),
-    Misuse(_with(queries=2.0), TypeError, "'queries'"),
-    Misuse(_with(queries=-1), ValueError, "'queries'.*at least 0"),
-    Misuse(_with(query_offset=True), TypeError, "'query_offset'"),
-    Misuse(_with(key_padding_mask=torch.ones(2, 4, dtype=torch.bool)), ValueError, r"'key_padding_mask'.*\[2, 5\]"),
-    Misuse(_with(key_padding_mask=torch.ones(2, 5)), TypeError, r"'key_padding_mask'.*\.bool\(\)"),
-    Misuse(_with(cu_seqlens=torch.tensor([0, 5])), ValueError, "'cu_seqlens'.*batch of 2"),
+    Misuse(replacing(value=[1.0]), TypeError, "'value'"),
+    Misuse(changing("value", lambda t: t.long()), TypeError, "'value'"),
+    Misuse(changing("value", lambda t: t[0]), ValueError, r"'value'.*\[batch, heads, keys, features\]"),
+    Misuse(changing("value", lambda t: t[..., :0]), ValueError, "'value'.*not 0"),
+    Misuse(replacing(bias=None), TypeError, r"'bias'.*\[2 or 1, 2K\+1\]"),
+    Misuse(changing("bias", lambda t: t[0]), ValueError, r"'bias'.*\[2 or 1, 2K\+1\]"),
+    Misuse(changing("bias", lambda t: t.repeat(2, 1)), ValueError, r"'bias'.*\[2 or 1, 2K\+1\]"),
+    Misuse(changing("bias", lambda t: t[:, :4]), ValueError, "'bias'.*odd number of columns.*-K..K"),
+    Misuse(changing("bias", lambda t: t.double()), ValueError, "'bias'.*dtype"),
+    Misuse(changing("bias", lambda t: t.to("meta")), ValueError, "'bias'.*cpu"),
+    Misuse(replacing(causal=1), TypeError, "'causal'"),
+    Misuse(replacing(queries=2.0), TypeError, "'queries'"),
+    Misuse(replacing(queries=-1), ValueError, "'queries'.*at least 0"),
+    Misuse(replacing(query_offset=True), TypeError, "'query_offset'"),
+    Misuse(replacing(key_padding_mask=torch.ones(2, 4, dtype=torch.bool)), ValueError, r"'key_padding_mask'.*\[2, 5\]"),
+    Misuse(replacing(key_padding_mask=torch.ones(2, 5)), TypeError, r"'key_padding_mask'.*\.bool\(\)"),
+    Misuse(replacing(cu_seqlens=torch.tensor([0, 5])), ValueError, "'cu_seqlens'.*batch of 2"),
 )
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kernelab._core.sequences import documents_of
-from kernelab._core.spec import Case, Misuse, OpSpec
+from kernelab._core.spec import Case, Misuse, OpSpec, changing, replacing
 
 from . import reference as definition
 from . import triton_spec, window_mean
@@ -106,30 +106,22 @@ def _bytes_moved(arguments: dict) -> tuple[int, int]:
     return 2 * arguments["value"].nbytes, 2 * arguments["value"].nbytes
 
 
-def _with(**changes) -> Callable[[dict], dict]:
-    return lambda arguments: {**arguments, **changes}
-
-
-def _change(name: str, change: Callable[[Tensor], object]) -> Callable[[dict], dict]:
-    return lambda arguments: {**arguments, name: change(arguments[name])}
-
-
 # The smallest case: batch 2, 2 heads, 5 tokens, 3 features.
 _MISUSES = (
-    Misuse(_with(value=[1.0]), TypeError, "'value'"),
-    Misuse(_change("value", lambda t: t.long()), TypeError, "'value'"),
-    Misuse(_change("value", lambda t: t[0]), ValueError, r"'value'.*\[batch, heads, tokens, features\]"),
-    Misuse(_change("value", lambda t: t[..., :0]), ValueError, "'value'.*not 0"),
-    Misuse(_with(widths=0), ValueError, "'widths'.*at least 1"),
-    Misuse(_with(widths=[3, -1]), ValueError, "'widths'.*at least 1"),
-    Misuse(_with(widths=[3]), ValueError, "'widths'.*2 of them"),
-    Misuse(_with(widths=[3, 2.0]), TypeError, "'widths'"),
-    Misuse(_with(widths=True), TypeError, "'widths'"),
-    Misuse(_with(widths=None), TypeError, "'widths'"),
-    Misuse(_with(causal=1), TypeError, "'causal'"),
-    Misuse(_with(key_padding_mask=torch.ones(2, 4, dtype=torch.bool)), ValueError, r"'key_padding_mask'.*\[2, 5\]"),
-    Misuse(_with(key_padding_mask=torch.ones(2, 5)), TypeError, r"'key_padding_mask'.*\.bool\(\)"),
-    Misuse(_with(cu_seqlens=torch.tensor([0, 5])), ValueError, "'cu_seqlens'.*batch of 2"),
+    Misuse(replacing(value=[1.0]), TypeError, "'value'"),
+    Misuse(changing("value", lambda t: t.long()), TypeError, "'value'"),
+    Misuse(changing("value", lambda t: t[0]), ValueError, r"'value'.*\[batch, heads, tokens, features\]"),
+    Misuse(changing("value", lambda t: t[..., :0]), ValueError, "'value'.*not 0"),
+    Misuse(replacing(widths=0), ValueError, "'widths'.*at least 1"),
+    Misuse(replacing(widths=[3, -1]), ValueError, "'widths'.*at least 1"),
+    Misuse(replacing(widths=[3]), ValueError, "'widths'.*2 of them"),
+    Misuse(replacing(widths=[3, 2.0]), TypeError, "'widths'"),
+    Misuse(replacing(widths=True), TypeError, "'widths'"),
+    Misuse(replacing(widths=None), TypeError, "'widths'"),
+    Misuse(replacing(causal=1), TypeError, "'causal'"),
+    Misuse(replacing(key_padding_mask=torch.ones(2, 4, dtype=torch.bool)), ValueError, r"'key_padding_mask'.*\[2, 5\]"),
+    Misuse(replacing(key_padding_mask=torch.ones(2, 5)), TypeError, r"'key_padding_mask'.*\.bool\(\)"),
+    Misuse(replacing(cu_seqlens=torch.tensor([0, 5])), ValueError, "'cu_seqlens'.*batch of 2"),
 )
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
